@@ -1,0 +1,30 @@
+# Set-up happens once, in .venv, from the pins in constraints.txt; every target needs nothing but python3.11 or 3.12.
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: demo test check bench clean
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $(READY)
+
+demo: $(READY)        ## the main job on embedded data, offline: about 8 minutes on 2 cores
+	$(BIN)/python scripts/demo.py
+
+test: $(READY)        ## the test suite
+	$(BIN)/python -m pytest
+
+check: $(READY)       ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)       ## upcycling and distillation on real rows at the real vocabulary; prints a table
+	$(BIN)/python benchmarks/real_rows.py
+
+clean:
+	rm -rf $(VENV) demo_output
