@@ -1,0 +1,245 @@
+"""Metrics that are right across ranks: torchmetrics whose states are sums, so that adding them up is merging.
+
+Shape legend: N tokens, M tokens with a teacher's signal, L layers, E experts, X and Y layers of two models.
+
+Sums and counts are held in float64, which counts exactly up to 2^53 tokens. `compute` never returns NaN for
+want of data: a mapping leaves the key out (all of them, if nothing was seen), a matrix says what it returns.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from agri_moe.losses import MinibatchHSIC, Routing, cka_from_hsic, minibatch_hsic
+
+PADDING = 0  # agri_moe.data.chat.Segment.PAD, which cannot be imported from here without a cycle
+
+
+class _Sealed:
+    """A result that torchmetrics hands on as it is, see `_Sums`."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+class _Sums(Metric):
+    """A metric whose states are float64 sums and whose results keep their shape.
+
+    torchmetrics 1.9 does neither by itself: `module.to(torch.bfloat16)` (Lightning's bf16-true) rounds the
+    states, and bf16 stops counting at 256; and a result of one element, [L] with a single layer, loses its
+    dimensions. Both of its hooks that are overridden here are pinned by tests.
+    """
+
+    full_state_update = False
+    is_differentiable = False
+
+    def add_sum(self, name: str, *shape: int) -> None:
+        """Add a state that ranks and batches add up."""
+        self.add_state(name, default=torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> torch.nn.Module:
+        def move(tensor: Tensor) -> Tensor:
+            device = fn(tensor).device
+            # Apple's GPUs have no float64.
+            return tensor.to(device, torch.float32 if device.type == "mps" else tensor.dtype)
+
+        return super()._apply(move, exclude_state)
+
+    def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+        sealed = super()._wrap_compute(functools.wraps(compute)(lambda: _Sealed(compute())))
+        return functools.wraps(compute)(lambda: sealed().value)
+
+
+class SegmentLoss(_Sums):
+    """Mean loss (nats) and perplexity per segment, and over all the reported segments together.
+
+    Args:
+        segments: name -> segment id of what to report, e.g. {"thought": 3, "assistant": 4}. Tokens of any
+            other segment, padding among them, count in nothing; to ask for padding (0) is a ValueError.
+
+    compute() returns {"loss": ..., "perplexity": ..., "loss_<name>": ..., "perplexity_<name>": ...} as
+    float32 scalars, without the names of which no token was seen.
+    """
+
+    higher_is_better = False
+    nll_sum: Tensor
+    tokens: Tensor
+
+    def __init__(self, segments: Mapping[str, int], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if not segments or PADDING in segments.values():
+            raise ValueError(f"segments to report must be named and none be padding, got {dict(segments)}")
+        self.segments = {name: int(segment) for name, segment in segments.items()}
+        self.add_sum("nll_sum", len(segments))
+        self.add_sum("tokens", len(segments))
+
+    def update(self, nll_N: Tensor, segment_N: Tensor) -> None:
+        """Add tokens: their negative log-likelihood in nats [N], and the segment id of each [N]."""
+        ids = torch.tensor(list(self.segments.values()), device=segment_N.device)
+        chosen_SN = segment_N[None, :] == ids[:, None]
+        self.nll_sum += nll_N.detach().to(self.nll_sum.dtype).where(chosen_SN, 0.0).sum(-1)
+        self.tokens += chosen_SN.sum(-1)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the means over everything seen by all ranks."""
+        result: dict[str, Tensor] = {}
+        sums = [("", self.nll_sum.sum(), self.tokens.sum())]
+        sums += [(f"_{name}", self.nll_sum[i], self.tokens[i]) for i, name in enumerate(self.segments)]
+        for suffix, nll_sum, tokens in sums:
+            if tokens > 0:
+                result[f"loss{suffix}"] = (nll_sum / tokens).float()
+                result[f"perplexity{suffix}"] = (nll_sum / tokens).exp().float()
+        return result
+
+
+class TeacherAgreement(_Sums):
+    """How close student and teacher are, token by token.
+
+    compute() returns {"kl": mean KL(teacher || student) in nats at temperature 1, "agreement": share of
+    tokens for which both name the same token first}; {} when no token was seen.
+    """
+
+    higher_is_better = None
+    kl_sum: Tensor
+    agreed: Tensor
+    tokens: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        for name in ("kl_sum", "agreed", "tokens"):
+            self.add_sum(name)
+
+    def update(self, kl_M: Tensor, agree_M: Tensor) -> None:
+        """Add tokens: `kl_M` and `agree_M` of `losses.token_statistics`."""
+        self.kl_sum += kl_M.detach().sum(dtype=self.kl_sum.dtype)
+        self.agreed += agree_M.sum()
+        self.tokens += agree_M.numel()
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the means over everything seen by all ranks."""
+        if self.tokens == 0:
+            return {}
+        return {
+            "kl": (self.kl_sum / self.tokens).float(),
+            "agreement": (self.agreed / self.tokens).float(),
+        }
+
+
+def balance_score(load_LE: Tensor) -> Tensor:
+    """Normalised entropy of each layer's expert load, [L]: 1 is perfect balance, 0 a single expert.
+
+    The load may be counts or shares. A layer without any load scores 0, a layer with one expert only 1.
+    """
+    experts = load_LE.shape[-1]
+    if experts == 1:
+        return torch.ones_like(load_LE[..., 0])
+    total_L1 = load_LE.sum(-1, keepdim=True)
+    share_LE = load_LE / total_L1.where(total_L1 > 0, 1.0)
+    # 0 log 0 is 0, which special.entr knows.
+    return torch.special.entr(share_LE).sum(-1) / math.log(experts)
+
+
+def balanced_perplexity(ce: float | Tensor, balance: float | Tensor, beta: float = 1.0) -> Tensor:
+    """exp(CE) * exp(beta * (1 - B)): perplexity that a collapsed router cannot hide behind.
+
+    Args:
+        ce: mean cross-entropy in nats.
+        balance: balance score B in [0, 1], see `balance_score`; mean over layers for one number.
+        beta: weight of imbalance; 1 multiplies the perplexity of a fully collapsed router by e.
+    """
+    return torch.exp(torch.as_tensor(ce) + beta * (1.0 - torch.as_tensor(balance)))
+
+
+class RoutingStatistics(_Sums):
+    """What the routers did, per layer, over all valid tokens of all ranks.
+
+    compute() returns float32 tensors, or {} when no token was seen:
+
+        load                [L, E] share of the layer's assignments that each expert received
+        entropy             [L]    mean entropy of the router's distribution, nats
+        normalized_entropy  [L]    the same over log E: 1 is an undecided router (also by definition at E = 1)
+        balance             [L]    `balance_score` of the load
+        dead                [L]    share of experts that received not a single token
+    """
+
+    higher_is_better = None
+    load: Tensor
+    entropy_sum: Tensor
+    tokens: Tensor
+
+    def __init__(self, num_layers: int, num_experts: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.num_experts = num_experts
+        self.add_sum("load", num_layers, num_experts)
+        self.add_sum("entropy_sum", num_layers)
+        self.add_sum("tokens")
+
+    def update(self, routing: Routing) -> None:
+        """Add one micro-batch, as `losses.routing` summarised it (padding already left out)."""
+        self.load += routing.load_LE
+        self.entropy_sum += routing.entropy_L
+        self.tokens += routing.tokens
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the statistics of everything seen by all ranks."""
+        if self.tokens == 0:
+            return {}
+        entropy_L = self.entropy_sum / self.tokens
+        normalized_L = entropy_L / math.log(self.num_experts) if self.num_experts > 1 else 1.0 + entropy_L
+        result = {
+            "load": self.load / self.load.sum(-1, keepdim=True),
+            "entropy": entropy_L,
+            "normalized_entropy": normalized_L,
+            "balance": balance_score(self.load),
+            "dead": (self.load == 0).float().mean(-1),
+        }
+        return {name: value.float() for name, value in result.items()}
+
+
+class CKAMatrix(_Sums):
+    """Linear CKA of every layer x with every layer y, from minibatches that need not be kept.
+
+    Accumulates the HSIC of each minibatch and takes the ratio at the end (Nguyen, Raghu & Kornblith 2021,
+    eq. 3 and 4): with the unbiased HSIC the expectation does not depend on the minibatch size. Memory is
+    three small matrices, however many updates.
+
+    Args:
+        num_x: number of layers on the first side.
+        num_y: number of layers on the second side.
+        debiased: unbiased HSIC; minibatches of fewer than 4 samples (plain: 2) are left out.
+
+    compute() returns [num_x, num_y] in float32; an entry is 0 where it is not defined (nothing seen, or
+    constant features), as in `losses.linear_cka`.
+    """
+
+    higher_is_better = True
+    cross: Tensor
+    self_x: Tensor
+    self_y: Tensor
+
+    def __init__(self, num_x: int, num_y: int, debiased: bool = True, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.debiased = debiased
+        self.add_sum("cross", num_x, num_y)
+        self.add_sum("self_x", num_x)
+        self.add_sum("self_y", num_y)
+
+    @torch.no_grad()
+    def update(self, xs: Sequence[Tensor], ys: Sequence[Tensor]) -> None:
+        """Add one minibatch: the features [N, D] of each layer of both sides, for the same N samples."""
+        if (len(xs), len(ys)) != tuple(self.cross.shape):
+            raise ValueError(f"expected {tuple(self.cross.shape)} layers of features, got {(len(xs), len(ys))}")
+        hsic = minibatch_hsic(xs, ys, debiased=self.debiased)
+        # Sums serve as well as means: the number of minibatches cancels in the ratio.
+        self.cross += hsic.cross_XY
+        self.self_x += hsic.self_X
+        self.self_y += hsic.self_Y
+
+    def compute(self) -> Tensor:
+        """Return the matrix of everything seen by all ranks."""
+        return cka_from_hsic(MinibatchHSIC(self.cross, self.self_x, self.self_y)).float()
