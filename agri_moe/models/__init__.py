@@ -1,0 +1,1 @@
+"""Training modules, and the surgery that makes a dense model sparse."""

@@ -1,0 +1,47 @@
+"""`python main.py upcycle`: a dense checkpoint becomes a Mixture-of-Experts checkpoint."""
+
+from __future__ import annotations
+
+
+def upcycle(
+    source: str,
+    output: str,
+    num_experts: int = 8,
+    num_experts_per_tok: int = 2,
+    jitter: float = 0.01,
+    drop_ratio: float = 0.0,
+    granularity: int = 1,
+    router_std: float = 0.02,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> None:
+    """Turn a dense checkpoint (Qwen3, Llama, Mistral) into a Mixture-of-Experts checkpoint.
+
+    Streams layer by layer, so a model larger than memory is no obstacle; started again after an interruption,
+    it goes on where it stopped.
+
+    Example: python main.py upcycle --source DENSE --output DIR
+
+    Args:
+        source: Dense checkpoint in safetensors: a folder or a Hugging Face name.
+        output: Folder to write; it must not exist, unless overwrite is given.
+        num_experts: Experts per layer, slices included.
+        num_experts_per_tok: Experts that each token visits.
+        jitter: Noise on each expert, as a share of the weight's own standard deviation. At 0 the experts are
+            identical and the router gets no gradient from the language-model loss.
+        drop_ratio: Share of each expert's intermediate dimensions drawn anew (Drop-Upcycling).
+        granularity: Slices per FFN; num_experts and num_experts_per_tok are multiples of it.
+        router_std: Standard deviation of the router's weights.
+        seed: Seed of router, jitter and drop; the same seed gives the same bytes.
+        overwrite: Replace an existing model folder, once the new one is complete.
+    """
+    from pathlib import Path
+
+    from agri_moe.models.upcycle import UpcycleSpec, count_parameters, load_config
+    from agri_moe.models.upcycle import upcycle as write_upcycled
+
+    spec = UpcycleSpec(num_experts, num_experts_per_tok, jitter, drop_ratio, granularity, router_std, seed)
+    write_upcycled(source, output, spec, overwrite=overwrite)
+    total, active = count_parameters(load_config(Path(output).expanduser()))
+    print(f"{output}: {total:,} parameters, {active:,} of them active per token.")
+    print(f"Next: python main.py audit --student {output}")
