@@ -1,0 +1,1 @@
+"""Chat rows and plain text as packed batches of token ids."""

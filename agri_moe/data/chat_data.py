@@ -1,0 +1,309 @@
+"""ChatDataModule: chat rows from files or the hub, tokenised once, packed, in a seeded order that resumes.
+
+Shapes: S segments (5); the shapes of a batch stand in packing.py.
+
+How rows flow: sources -> tokens (cached on disk) -> split by the scenario's hash -> packed sequences ->
+StepSampler plans whole optimizer steps -> collate. A row that cannot be used stops the run or is listed in
+`rejected`; it never disappears.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+from lightning.pytorch import LightningDataModule
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch.utils.data import DataLoader, Dataset
+
+from agri_moe.data.chat import DEFAULT_FORMAT, Chat, ChatFormat, render_scenario
+from agri_moe.data.packing import (
+    SEGMENTS,
+    PackedRow,
+    PackedRows,
+    StreamedRow,
+    StreamSampler,
+    check_trainer,
+    step_loader,
+)
+from agri_moe.data.rows import (
+    BadRows,
+    Loaded,
+    Record,
+    Rejected,
+    Rows,
+    apply_policy,
+    bad_record,
+    bad_row,
+    check_numbers,
+    hold_out,
+    load,
+    packed_loader,
+    record,
+    too_long,
+)
+from agri_moe.data.sources import RawRow, Source, check_columns, find_sources, read_rows
+
+REQUIRED = ("scenario", "advisory")
+COLUMNS = ("system", "scenario", "thought", "advisory")
+_LISTED = 1000  # rejected rows of a stream that are kept by name, so that memory stays bounded
+
+Split = Literal["train", "validation", "test"]
+
+
+class ChatDataModule(LightningDataModule):
+    """Chat rows for training: sources, splits, packing, order.
+
+    Args:
+        tokenizer: Folder or hub name of the tokenizer.
+        train: A file (Parquet, JSONL, CSV), folder, glob, hub dataset (NAME or NAME:SPLIT), or list of these.
+        validation: The same; without it, `validation_share` of the training rows is held out by scenario.
+        test: The same; the validation rows by default.
+        columns: Our column -> the one in the files, e.g. {advisory: answer}.
+        format: Markers, scenario header and default instruction.
+        max_length: Longest packed sequence, in tokens; a longer row is a bad row.
+        tokens_per_batch: Tokens of one micro-batch on each rank.
+        validation_share: Share of the scenarios held out when `validation` is not given.
+        bad_rows: `error` stops at a row that cannot be used; `skip` leaves such rows out, counted and listed.
+        max_skipped_share: With `skip`, the run stops when a larger share of the rows than this is bad.
+        seed: Seed of packing and order.
+        num_workers: Processes that build batches.
+        num_proc: Processes that tokenise; whole files are shared out among them.
+        streaming: Reads and tokenises on the fly, file by file: for data that fits no disk.
+        cache_dir: Folder of the tokenised rows; Hugging Face's own by default.
+    """
+
+    def __init__(
+        self,
+        *,
+        tokenizer: str,
+        train: str | list[str] | None = None,
+        validation: str | list[str] | None = None,
+        test: str | list[str] | None = None,
+        columns: dict[str, str] | None = None,
+        format: ChatFormat = DEFAULT_FORMAT,
+        max_length: int = 2048,
+        tokens_per_batch: int = 16384,
+        validation_share: float = 0.05,
+        bad_rows: BadRows = "error",
+        max_skipped_share: float = 1.0,
+        seed: int = 0,
+        num_workers: int = 0,
+        num_proc: int = 1,
+        streaming: bool = False,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.train, self.validation, self.test = train, validation, test
+        self.columns = dict(columns or {})
+        self.format = format
+        self.max_length = max_length
+        self.tokens_per_batch = tokens_per_batch
+        self.validation_share = validation_share
+        self.bad_rows = bad_rows
+        self.max_skipped_share = max_skipped_share
+        self.seed = seed
+        self.num_workers = num_workers
+        self.num_proc = num_proc
+        self.streaming = streaming
+        self.cache_dir = cache_dir
+        self.rejected: list[Rejected] = []
+        self._rows: dict[str, Rows] = {}
+        self._stream: StreamSampler | None = None
+        self._stream_start: tuple[int, dict[str, int]] | None = None
+        check_numbers(self, "max_length")
+
+    @functools.cached_property
+    def chat(self) -> Chat:
+        """The tokenizer with its markers, loaded when first asked for."""
+        return Chat.load(self.tokenizer, self.format)
+
+    def check(self) -> None:
+        """Raises a ValueError on wrong files, columns or tokenizer, before anything heavy is loaded."""
+        unknown = sorted(set(self.columns) - set(COLUMNS))
+        if unknown:
+            raise ValueError(f"data.columns names {unknown[0]}, which is no column of ours: {', '.join(COLUMNS)}.")
+        for split in ("train", "validation", "test"):
+            if getattr(self, split) is not None:
+                for source in self._sources(split):
+                    check_columns(source, {**dict(zip(REQUIRED, REQUIRED, strict=True)), **self.columns})
+        if self.streaming and self.train and self.validation is None and self.validation_share > 0:
+            raise ValueError(
+                "data.streaming holds out no rows by itself: set data.validation or data.validation_share: 0."
+            )
+        _ = self.chat
+
+    def prepare_data(self) -> None:
+        """Fills the cache of tokenised rows once per node; the other ranks find it there in `setup`."""
+        self.setup(self.trainer.state.fn if self.trainer is not None else None)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Loads the splits that a stage (fit, validate, test or predict) needs."""
+        if not self._rows:
+            self.check()
+        if stage in (None, "fit"):
+            if not self.streaming:
+                self.rows("train")
+            self.rows("validation")
+        elif stage == "validate":
+            self.rows("validation")
+        else:
+            self.rows("test")
+
+    def rows(self, split: Split) -> Rows:
+        """The usable rows of a split, loaded when first asked for."""
+        if split == "test" and self.test is None:
+            return self.rows("validation")
+        if split in self._rows:
+            return self._rows[split]
+        if split == "test" or self.validation is not None:
+            self._rows[split] = self._load(split)
+        elif self.streaming:  # `check` has seen to it that nothing is to be held out
+            self._rows["validation"] = Rows.none()
+        else:
+            kept, held_out = hold_out(self._load("train"), self.validation_share, "data.train", "scenario")
+            self._rows.update(train=kept, validation=held_out)
+        return self._rows[split]
+
+    def read(self, split: Split) -> Loaded:
+        """Usable and rejected rows of a split's own sources, whatever the policy on bad rows."""
+        return load(
+            self._sources(split),
+            functools.partial(_encode, columns=self.columns),
+            ("chat", sorted(self.columns.items())),
+            self.chat,
+            self.tokenizer,
+            texts=COLUMNS,
+            columns=self._wanted(),
+            max_length=self.max_length,
+            num_proc=self.num_proc,
+            cache_dir=self.cache_dir,
+        )
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Packed rows in the order of (seed, epoch)."""
+        check_trainer(self.trainer, self.streaming)
+        if not self.streaming:
+            return self._loader("train", shuffle=True)
+        if self._stream is None or self._stream.trainer is not self.trainer:  # it knows where training stands
+            self._stream = StreamSampler(self._read_stream, self.max_length, self._per_batch, self.trainer)
+            if self._stream_start is not None:
+                self._stream.starts = [self._stream_start]
+        return step_loader(PackedRows(None, self.max_length, self.chat.pad_id), self._stream, self.num_workers)
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """Packed validation rows in a fixed order; nothing when none are held out."""
+        return self._loader("validation", shuffle=False) if len(self.rows("validation")) else []
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Packed test rows in a fixed order."""
+        return self._loader("test", shuffle=False)
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """This rank's test rows as prompts: batches are lists of dicts: row_id, prompt_ids and the texts."""
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        rows = self.rows("test")
+        prompts = _Prompts(rows, self.chat, range(rank, len(rows), world))
+        return DataLoader(prompts, batch_size=self._per_batch, collate_fn=list)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where a streamed epoch stands; other sources need nothing but the trainer's progress."""
+        if self._stream is None:
+            return {}
+        done, cursor = self._stream.position()
+        return {"done": done, "cursor": dict(cursor)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what `state_dict` saved."""
+        if state_dict:
+            self._stream_start = (state_dict["done"], state_dict["cursor"])
+
+    @property
+    def _per_batch(self) -> int:
+        return max(1, self.tokens_per_batch // self.max_length)
+
+    def _wanted(self) -> set[str]:
+        return {self.columns.get(name, name) for name in COLUMNS}
+
+    def _sources(self, split: str) -> list[Source]:
+        return find_sources(getattr(self, split), f"data.{split}")
+
+    def _load(self, split: Split) -> Rows:
+        loaded = self.read(split)
+        warning = apply_policy(loaded, f"data.{split}", self.bad_rows, self.max_skipped_share)
+        if warning:
+            rank_zero_warn(warning)
+        self.rejected += loaded.rejected
+        return loaded.rows
+
+    def _loader(self, split: Split, shuffle: bool) -> DataLoader[Any]:
+        return packed_loader(
+            self.rows(split),
+            max_length=self.max_length,
+            tokens_per_batch=self.tokens_per_batch,
+            pad_id=self.chat.pad_id,
+            seed=self.seed,
+            shuffle=shuffle,
+            num_workers=self.num_workers,
+            trainer=self.trainer,
+        )
+
+    def _read_stream(self, cursor: dict[str, int]) -> Iterator[StreamedRow]:
+        """Usable rows from a cursor to the end of its epoch; the order of the files follows (seed, epoch)."""
+        sources = self._sources("train")
+        order = np.random.default_rng((self.seed, cursor["epoch"])).permutation(len(sources)).tolist()
+        first, number, index = cursor.get("source", 0), cursor.get("row", 0), cursor.get("index", 0)
+        for at in range(first, len(order)):
+            source = sources[order[at]]
+            for raw in read_rows(source, number if at == first else 0, self._wanted(), streaming=True):
+                (row,) = _encode(self.chat, raw, self.columns)
+                reason = row["reason"] or too_long(row["length"], self.max_length)
+                if reason:
+                    self._reject_streamed(Rejected(source.name, raw.number, reason))
+                    continue
+                here = {"epoch": cursor["epoch"], "source": at, "row": raw.number, "index": index}
+                packed = PackedRow(index, np.array(row["input_ids"]), np.array(row["segment_ids"]))
+                yield StreamedRow(packed, np.array(row["counts"]).reshape(2, SEGMENTS), here)
+                index += 1
+
+    def _reject_streamed(self, row: Rejected) -> None:
+        if self.bad_rows == "error":
+            raise bad_row(row)
+        if row not in self.rejected and len(self.rejected) < _LISTED:
+            self.rejected.append(row)
+            rank_zero_warn(f"data.train: skipped {row}.")
+
+
+class _Prompts(Dataset[dict[str, Any]]):
+    """What a model is asked: the prompt of each row, with its texts to hold the answer against."""
+
+    def __init__(self, rows: Rows, chat: Chat, chosen: range) -> None:
+        self.rows = rows
+        self.chat = chat
+        self.chosen = chosen
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row_id = self.chosen[index]
+        row = self.rows.table[row_id]
+        prompt = self.chat.encode_prompt(row["scenario"], row["system"])
+        return {"row_id": row_id, "prompt_ids": prompt, **{name: row[name] for name in COLUMNS}}
+
+
+def _encode(chat: Chat, raw: RawRow, columns: dict[str, str]) -> list[Record]:
+    """A raw row as one record: its tokens and texts, or the reason against it."""
+    row = {name: raw.values.get(columns.get(name, name)) for name in COLUMNS}
+    nothing: Record = dict.fromkeys(COLUMNS)
+    if raw.reason:
+        return [{**bad_record(raw.reason, chat.control_ids), **nothing}]
+    try:
+        ids, segments = chat.encode(row)
+    except ValueError as error:
+        return [{**bad_record(str(error), chat.control_ids), **nothing}]
+    scenario = render_scenario(row["scenario"])
+    return [{**record(ids, segments, chat.control_ids, scenario), **row, "scenario": scenario}]

@@ -1,0 +1,399 @@
+"""From rows to micro-batches: packing, the order of an epoch, the totals of a step, and where a run resumes.
+
+Shapes: B sequences of a micro-batch, T tokens of its longest sequence, S segments (5).
+
+A *sequence* is several rows laid end to end, at most `max_length` tokens. A *micro-batch* is what one rank
+sees in one forward pass. An *optimizer step* is accumulate_grad_batches x world_size micro-batches. The
+sampler plans whole steps, so every micro-batch carries the totals of its step, and a loss that divides by
+them needs no communication between ranks.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from agri_moe.data.chat import Segment
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+SEGMENTS = len(Segment)
+_MULTIPLE = 8  # T is rounded up to it: tensor cores want it, and fewer distinct shapes mean fewer recompilations
+
+
+class PackedRow(NamedTuple):
+    """A row with its id in the dataset."""
+
+    row_id: int
+    input_ids: np.ndarray[Any, Any]
+    segment_ids: np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """What the whole optimizer step holds, over all its micro-batches and all ranks."""
+
+    targets: np.ndarray[Any, Any]  # [2, S]: targets by segment; those of them that are control tokens
+    tokens: int
+    batches: int  # micro-batches that hold at least one row
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The plan of one rank's next forward pass: row ids, or the rows themselves when they are streamed."""
+
+    sequences: list[list[int]] | list[list[PackedRow]]
+    totals: StepTotals
+
+
+def count_targets(
+    input_ids: Sequence[int], segment_ids: Sequence[int], control_ids: frozenset[int]
+) -> np.ndarray[Any, Any]:
+    """[2, S] targets of a row by segment, and those that are control tokens; its first token is no target."""
+    segments = np.asarray(segment_ids[1:], dtype=np.int64)
+    control = segments[np.isin(input_ids[1:], list(control_ids))]
+    return np.stack([np.bincount(segments, minlength=SEGMENTS), np.bincount(control, minlength=SEGMENTS)])
+
+
+def pack(lengths: Sequence[int] | np.ndarray[Any, Any], max_length: int, seed: int = 0) -> list[list[int]]:
+    """Best-fit decreasing: the rows of each sequence. Rows of one length are taken in a seeded order.
+
+    O(n log n), and for each row one shift in the list of rooms that occur, which max_length bounds.
+    """
+    sizes = np.asarray(lengths, dtype=np.int64)
+    if sizes.size and (sizes.max() > max_length or sizes.min() < 1):
+        raise ValueError(f"rows of {sizes.min()} to {sizes.max()} tokens do not fit max_length {max_length}.")
+    order = np.random.default_rng(seed).permutation(sizes.size)
+    order = order[np.argsort(-sizes[order], kind="stable")]
+    sequences: list[list[int]] = []
+    by_room: dict[int, list[int]] = {}  # room left -> sequences with it
+    rooms: list[int] = []  # the rooms that occur, ascending
+    for row in order.tolist():
+        size = int(sizes[row])
+        at = bisect.bisect_left(rooms, size)
+        if at < len(rooms):
+            room = rooms[at]
+            chosen = by_room[room].pop()
+            if not by_room[room]:
+                del by_room[room], rooms[at]
+            sequences[chosen].append(row)
+        else:
+            room, chosen = max_length, len(sequences)
+            sequences.append([row])
+        left = room - size
+        if left not in by_room:
+            by_room[left] = []
+            bisect.insort(rooms, left)
+        by_room[left].append(chosen)
+    return sequences
+
+
+def collate(
+    sequences: Sequence[Sequence[PackedRow]], totals: StepTotals, max_length: int, pad_id: int
+) -> dict[str, Tensor]:
+    """The batch contract, [B, T] each; targets are shifted here, once, and never reach across rows.
+
+    Padding has position 0 at every token: transformers derives the block mask from `position_ids`, so each
+    pad token is a row of its own and attends to itself alone (a fully masked row would give NaN).
+    """
+    longest = max((sum(len(row.input_ids) for row in rows) for rows in sequences), default=0)
+    width = min(max(-(-longest // _MULTIPLE) * _MULTIPLE, _MULTIPLE), max(max_length, longest))
+    shape = (max(len(sequences), 1), width)
+    filled = {
+        "input_ids": pad_id,
+        "position_ids": 0,
+        "segment_ids": int(Segment.PAD),
+        "row_ids": -1,
+        "target_ids": pad_id,
+        "target_segments": int(Segment.PAD),
+    }
+    arrays = {name: np.full(shape, value, dtype=np.int64) for name, value in filled.items()}
+    for b, rows in enumerate(sequences):
+        start = 0
+        for row_id, ids, segments in rows:
+            end = start + len(ids)
+            arrays["input_ids"][b, start:end] = ids
+            arrays["position_ids"][b, start:end] = np.arange(len(ids))
+            arrays["segment_ids"][b, start:end] = segments
+            arrays["row_ids"][b, start:end] = row_id
+            arrays["target_ids"][b, start : end - 1] = ids[1:]
+            arrays["target_segments"][b, start : end - 1] = segments[1:]
+            start = end
+    batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    batch["step_targets"] = torch.from_numpy(np.asarray(totals.targets, dtype=np.int64))
+    batch["step_tokens"] = torch.tensor(totals.tokens)
+    batch["step_batches"] = torch.tensor(totals.batches)
+    return batch
+
+
+class PackedRows(Dataset[dict[str, Tensor]]):
+    """Turns planned micro-batches into tensors.
+
+    Args:
+        table: A `datasets.Dataset` with `input_ids` and `segment_ids`, or None when plans carry the rows.
+        max_length: Longest sequence.
+        pad_id: Token id of padding.
+    """
+
+    def __init__(self, table: Any | None, max_length: int, pad_id: int) -> None:
+        self.table = None if table is None else table.select_columns(["input_ids", "segment_ids"]).with_format("arrow")
+        self.max_length = max_length
+        self.pad_id = pad_id
+
+    def __len__(self) -> int:
+        return 0 if self.table is None else len(self.table)
+
+    def __getitem__(self, plan: MicroBatch) -> dict[str, Tensor]:
+        sequences = self._fetch(plan.sequences) if self.table is not None else plan.sequences
+        return collate(sequences, plan.totals, self.max_length, self.pad_id)  # type: ignore[arg-type]
+
+    def _fetch(self, sequences: Any) -> list[list[PackedRow]]:
+        """Reads the rows of all sequences in one query."""
+        wanted = [row for rows in sequences for row in rows]
+        if not wanted:
+            return []
+        columns = self.table[wanted]  # type: ignore[index]
+        ids, segments = ([value.values.to_numpy() for value in columns[name]] for name in ("input_ids", "segment_ids"))
+        rows = iter(map(PackedRow, wanted, ids, segments))
+        return [[next(rows) for _ in sequence] for sequence in sequences]
+
+
+class _Place(NamedTuple):
+    """Where this process stands among the ranks, and how many micro-batches it has done in all."""
+
+    rank: int
+    world_size: int
+    accumulate: int
+    done: int
+
+
+class StepSampler(Sampler[list[MicroBatch]]):
+    """Plans epochs of packed sequences: the order is a function of (seed, epoch), and a run resumes exactly.
+
+    Epoch and place in it are derived from the trainer's count of processed micro-batches, which Lightning
+    restores with a checkpoint; how far the loader had read ahead does not matter. Without a trainer it plays
+    epoch 0.
+
+    Args:
+        sequences: Rows of each sequence, from `pack`.
+        lengths: [rows] tokens of each row.
+        counts: [rows, 2, S] targets of each row, from `count_targets`.
+        sequences_per_batch: Sequences in one micro-batch.
+        seed: Seed of the order.
+        shuffle: Whether epochs differ in order; validation keeps the given one.
+        trainer: Where ranks, accumulation, limits and progress are read from.
+    """
+
+    def __init__(
+        self,
+        sequences: list[list[int]],
+        lengths: np.ndarray[Any, Any],
+        counts: np.ndarray[Any, Any],
+        *,
+        sequences_per_batch: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        trainer: Trainer | None = None,
+    ) -> None:
+        self.sequences = sequences
+        self.sequences_per_batch = sequences_per_batch
+        self.seed = seed
+        self.shuffle = shuffle
+        self.trainer = trainer
+        self._tokens = np.array([lengths[rows].sum() for rows in sequences], dtype=np.int64)
+        shape = (len(sequences), 2, SEGMENTS)
+        self._targets = np.array([counts[rows].sum(0) for rows in sequences], dtype=np.int64).reshape(shape)
+
+    def __len__(self) -> int:
+        """Micro-batches of a whole epoch on each rank; equal on all, so no rank waits for another in vain."""
+        slots = self.sequences_per_batch * _place(self.trainer, self.shuffle).world_size
+        return -(-len(self.sequences) // slots)
+
+    def __iter__(self) -> Iterator[list[MicroBatch]]:
+        place = _place(self.trainer, self.shuffle)
+        length = self._planned()
+        epoch, start = divmod(place.done, length) if length else (0, 0)
+        if getattr(self.trainer, "overfit_batches", 0.0):
+            epoch = 0  # the same few batches again and again is what overfitting asks for
+        return iter([[plan] for plan in self.plan(epoch, place.rank, place.world_size, place.accumulate)[start:]])
+
+    def _planned(self) -> int:
+        """Micro-batches of an epoch after `limit_train_batches`, as Lightning counts them."""
+        if self.trainer is None or not self.shuffle:
+            return len(self)
+        limit = self.trainer.limit_train_batches
+        return min(len(self), limit) if isinstance(limit, int) else int(len(self) * limit)
+
+    def plan(self, epoch: int, rank: int = 0, world_size: int = 1, accumulate: int = 1) -> list[MicroBatch]:
+        """This rank's micro-batches of one epoch. The last step may be smaller, and its last ones empty."""
+        order = np.arange(len(self.sequences))
+        if self.shuffle:
+            order = np.random.default_rng((self.seed, epoch)).permutation(order)
+        per_batch, length = self.sequences_per_batch, self._planned()
+        plans = []
+        for first in range(0, length, accumulate):
+            last = min(first + accumulate, length)
+            step = order[first * world_size * per_batch : last * world_size * per_batch]
+            totals = StepTotals(self._targets[step].sum(0), int(self._tokens[step].sum()), -(-len(step) // per_batch))
+            for batch in range(first, last):
+                begin = (batch * world_size + rank) * per_batch
+                chosen = order[begin : begin + per_batch].tolist()
+                plans.append(MicroBatch([self.sequences[i] for i in chosen], totals))
+        return plans
+
+
+def _place(trainer: Trainer | None, training: bool) -> _Place:
+    if trainer is None:
+        return _Place(0, 1, 1, 0)
+    if not training:
+        return _Place(trainer.global_rank, trainer.world_size, 1, 0)
+    done: int = trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
+    return _Place(trainer.global_rank, trainer.world_size, trainer.accumulate_grad_batches, done)
+
+
+def check_trainer(trainer: Trainer | None, streaming: bool = False) -> None:
+    """Refuses trainer settings under which rows would be lost or steps would divide by the wrong total."""
+    if trainer is None:
+        return
+    # Lightning's own sampler would take the place of ours and hand out rows by their number.
+    if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
+        raise ValueError("trainer.use_distributed_sampler is true: set it to false, our sampler shares the rows out.")
+    limit, accumulate = trainer.limit_train_batches, trainer.accumulate_grad_batches
+    if streaming and isinstance(limit, int) and limit % accumulate:
+        raise ValueError(
+            f"trainer.limit_train_batches {limit} cuts a streamed optimizer step in two: "
+            f"make it a multiple of trainer.accumulate_grad_batches {accumulate}."
+        )
+
+
+class StreamedRow(NamedTuple):
+    """A row of a stream, its targets, and the cursor from which reading begins with this very row."""
+
+    row: PackedRow
+    targets: np.ndarray[Any, Any]  # [2, S]
+    cursor: dict[str, int]
+
+
+@dataclass
+class StreamSampler(Sampler[list[MicroBatch]]):
+    """Plans steps over a stream of unknown length, one step ahead, so that their totals are known.
+
+    Every rank reads the same stream and takes its share of each step, so the ranks end an epoch together
+    without a word between them. A checkpoint needs only the cursor of the step it stands in and how many
+    micro-batches were done when that began: what the loader had read ahead is read again.
+
+    Args:
+        read: Rows from a cursor to the end of that epoch.
+        max_length: Longest sequence.
+        sequences_per_batch: Sequences in one micro-batch.
+        trainer: Where ranks, accumulation and progress are read from.
+        starts: Micro-batches done when a step began, and the cursor of its first row; the newest last.
+    """
+
+    read: Callable[[dict[str, int]], Iterator[StreamedRow]]
+    max_length: int
+    sequences_per_batch: int
+    trainer: Trainer | None = None
+    starts: list[tuple[int, dict[str, int]]] = field(default_factory=lambda: [(0, {"epoch": 0})])
+
+    def position(self) -> tuple[int, dict[str, int]]:
+        """The step that training stands in: micro-batches done when it began, and its cursor."""
+        done = _place(self.trainer, True).done
+        fresh = (done, {"epoch": 0})  # another trainer than the one whose places were noted
+        return next((start for start in reversed(self.starts) if start[0] <= done), fresh)
+
+    def __iter__(self) -> Iterator[list[MicroBatch]]:
+        place = _place(self.trainer, True)
+        began, cursor = self.position()
+        self.starts = [(began, cursor)]
+        return self._steps(place, began, cursor)
+
+    def _steps(self, place: _Place, began: int, cursor: dict[str, int]) -> Iterator[list[MicroBatch]]:
+        skip = place.done - began
+        # A checkpoint at the very end of an epoch finds nothing left of it: the next one follows at once.
+        for start in (cursor, {"epoch": cursor["epoch"] + 1}):
+            yielded = False
+            for first, plans in self._plan(start, place):
+                self._remember(began, first)
+                for plan in plans[skip:]:
+                    yielded = True
+                    yield [plan]
+                began, skip = began + len(plans), max(skip - len(plans), 0)
+            self._remember(began, {"epoch": start["epoch"] + 1})
+            if yielded:
+                return
+
+    def _remember(self, began: int, cursor: dict[str, int]) -> None:
+        """Notes where a step begins, and forgets those that training has left behind."""
+        if self.starts[-1] != (began, cursor):
+            self.starts.append((began, cursor))
+        done = _place(self.trainer, True).done
+        while len(self.starts) > 1 and self.starts[1][0] <= done:
+            self.starts.pop(0)
+
+    def _plan(self, cursor: dict[str, int], place: _Place) -> Iterator[tuple[dict[str, int], list[MicroBatch]]]:
+        """Steps of an epoch from a cursor: first-fit until a row fits nowhere; it begins the next step."""
+        slots = self.sequences_per_batch * place.world_size * place.accumulate
+        step: list[StreamedRow] = []
+        bins: list[list[PackedRow]] = []
+        rooms: list[int] = []
+        for item in self.read(cursor):
+            size = len(item.row.input_ids)
+            chosen = next((i for i, room in enumerate(rooms) if room >= size), None)
+            if chosen is None and len(bins) == slots:
+                yield step[0].cursor, self._share(step, bins, place)
+                step, bins, rooms, chosen = [], [], [], None
+            if chosen is None:
+                chosen = len(bins)
+                bins.append([])
+                rooms.append(self.max_length)
+            step.append(item)
+            bins[chosen].append(item.row)
+            rooms[chosen] -= size
+        if step:
+            yield step[0].cursor, self._share(step, bins, place)
+
+    def _share(self, step: list[StreamedRow], bins: list[list[PackedRow]], place: _Place) -> list[MicroBatch]:
+        """This rank's micro-batches of a step, in the same layout as `StepSampler.plan`."""
+        per_batch = self.sequences_per_batch
+        totals = StepTotals(
+            np.sum([item.targets for item in step], axis=0),
+            sum(len(item.row.input_ids) for item in step),
+            -(-len(bins) // per_batch),
+        )
+        rounds = -(-len(bins) // (per_batch * place.world_size))
+        begins = range(place.rank * per_batch, rounds * per_batch * place.world_size, per_batch * place.world_size)
+        return [MicroBatch(bins[begin : begin + per_batch], totals) for begin in begins]
+
+
+class _StepLoader(DataLoader[dict[str, Tensor]]):
+    """A DataLoader that counts as stateful for Lightning, which else warns that a resumed epoch starts over.
+
+    There is nothing to save: the sampler derives its place from the trainer's progress.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+def step_loader(rows: PackedRows, sampler: Sampler[list[MicroBatch]], num_workers: int) -> DataLoader[Any]:
+    """A DataLoader over planned micro-batches: the main process plans, workers build the tensors."""
+    pinned = torch.cuda.is_available()
+    return _StepLoader(rows, batch_sampler=sampler, collate_fn=_only, num_workers=num_workers, pin_memory=pinned)
+
+
+def _only(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """A plan is a whole micro-batch already."""
+    (batch,) = batches
+    return batch

@@ -1,0 +1,286 @@
+"""Tokenised rows: the cache on disk, the policy on bad rows, the split by hash, the loader.
+
+Shapes: S segments (5).
+
+`ChatDataModule` and `TextDataModule` differ in how a raw row becomes tokens; the rest is the same, and here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+from torch.utils.data import DataLoader
+
+from agri_moe.data.chat import Chat, ChatFormat
+from agri_moe.data.packing import SEGMENTS, PackedRows, StepSampler, count_targets, pack, step_loader
+from agri_moe.data.sources import RawRow, Source, hub_dataset, read_rows
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+CACHE_VERSION = 1  # raise it when a row would be tokenised differently: older caches are then left alone
+
+BadRows = Literal["error", "skip"]
+Record = dict[str, Any]
+Encode = Callable[[Chat, RawRow], list[Record]]
+
+
+class Rejected(NamedTuple):
+    """A row that is not used: its file, its number in that file (from 0), and why."""
+
+    file: str
+    row: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.file} row {self.row}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Usable rows. The id of a row in a batch is its position here.
+
+    Args:
+        table: `datasets.Dataset` with input_ids, segment_ids and, for chat rows, their texts.
+        lengths: [rows] tokens of each row.
+        counts: [rows, 2, S] targets by segment, and those of them that are control tokens.
+        places: [rows] the hash in [0, 1) of what must not stand in two splits.
+    """
+
+    table: Any
+    lengths: np.ndarray[Any, Any]
+    counts: np.ndarray[Any, Any]
+    places: np.ndarray[Any, Any]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @classmethod
+    def none(cls) -> Rows:
+        """No rows at all."""
+        from datasets import Dataset
+
+        table = Dataset.from_dict({"input_ids": [], "segment_ids": []})
+        return cls(table, np.zeros(0, np.int64), np.zeros((0, 2, SEGMENTS), np.int64), np.zeros(0))
+
+    def select(self, chosen: np.ndarray[Any, Any]) -> Rows:
+        """The rows at these positions."""
+        return Rows(self.table.select(chosen), self.lengths[chosen], self.counts[chosen], self.places[chosen])
+
+
+class Loaded(NamedTuple):
+    """What a split's sources hold: usable rows, rejected ones, and rows (of a text, documents) in all."""
+
+    rows: Rows
+    rejected: list[Rejected]
+    total: int
+
+
+def record(input_ids: list[int], segment_ids: list[int], control_ids: frozenset[int], key: str) -> Record:
+    """A usable row as it is stored; `key` is what must not stand in two splits."""
+    counts = count_targets(input_ids, segment_ids, control_ids) if input_ids else np.zeros((2, SEGMENTS), np.int64)
+    return {
+        "reason": "",
+        "length": len(input_ids),
+        "input_ids": input_ids,
+        "segment_ids": segment_ids,
+        "counts": counts.ravel().tolist(),
+        # A hash of the text alone, without seed or order: a row keeps its side when others come and go.
+        "place": int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64,
+    }
+
+
+def bad_record(reason: str, control_ids: frozenset[int]) -> Record:
+    """A row that cannot be used."""
+    return {**record([], [], control_ids, ""), "reason": reason}
+
+
+def load(
+    sources: list[Source],
+    encode: Encode,
+    signature: object,
+    chat: Chat,
+    tokenizer: str,
+    *,
+    texts: tuple[str, ...] = (),
+    columns: set[str] | None = None,
+    max_length: int,
+    num_proc: int = 1,
+    cache_dir: str | None = None,
+) -> Loaded:
+    """Tokenises the rows of the sources, or reads them from the cache, and tells usable rows from bad ones.
+
+    The cache is keyed by what the result depends on, not by pickled code: files (size and time of change),
+    tokenizer, format and `signature`. `max_length` is not in it: changing it tokenises nothing anew.
+    """
+    import datasets
+
+    if not any(next(read_rows(source, columns=columns), None) for source in sources):
+        return Loaded(Rows.none(), [], 0)  # datasets cannot write a table without rows
+    digest = hashlib.sha256(chat.tokenizer.backend_tokenizer.to_str().encode())
+    digest.update(repr((CACHE_VERSION, dataclasses.asdict(chat.format), signature)).encode())
+    digest.update(repr([_stamp(source) for source in sources]).encode())
+    many = num_proc > 1 and len(sources) > 1
+    try:
+        table = datasets.Dataset.from_generator(
+            _records,
+            features=_features(texts),
+            cache_dir=cache_dir,
+            gen_kwargs={
+                "job": list(enumerate(sources)),
+                "encode": encode,
+                "columns": columns,
+                # Another process loads a tokenizer of its own; this one has it already.
+                "chat": (tokenizer, chat.format) if many else chat,
+            },
+            num_proc=min(num_proc, len(sources)) if many else None,
+            split=datasets.NamedSplit("tokenised"),
+            fingerprint=digest.hexdigest()[:32],
+        )
+    except datasets.exceptions.DatasetGenerationError as error:
+        if isinstance(error.__cause__, ValueError):  # a file that turns out damaged: its sentence, not a wrapper
+            raise ValueError(str(error.__cause__)) from error
+        for source in sources:  # another process hands on no cause: a damaged file tells it when it is read here
+            deque(read_rows(source), maxlen=0)
+        raise
+    return _sort_out(table, sources, max_length)
+
+
+def _stamp(source: Source) -> object:
+    if source.kind == "hub":
+        return source, hub_dataset(source.name)._fingerprint
+    stat = Path(source.name).stat()
+    return source, str(Path(source.name).resolve()), stat.st_size, stat.st_mtime_ns
+
+
+def _features(texts: tuple[str, ...]) -> Any:
+    from datasets import Features, List, Value
+
+    numbers = {"file": "int32", "row": "int64", "length": "int32", "place": "float64"}
+    lists = {"input_ids": "int32", "segment_ids": "int8", "counts": "int32"}
+    strings = {"reason": "string"} | dict.fromkeys(texts, "large_string")
+    return Features(
+        {name: Value(kind) for name, kind in (numbers | strings).items()}
+        | {name: List(Value(kind)) for name, kind in lists.items()}
+    )
+
+
+def _records(
+    job: list[tuple[int, Source]],
+    encode: Encode,
+    columns: set[str] | None,
+    chat: Chat | tuple[str, ChatFormat],
+) -> Iterator[Record]:
+    """The records of some of the sources."""
+    chat = chat if isinstance(chat, Chat) else Chat.load(*chat)
+    for file, source in job:
+        for raw in read_rows(source, columns=columns):
+            for one in encode(chat, raw):
+                yield {"file": file, "row": raw.number, **one}
+
+
+def _sort_out(table: Any, sources: list[Source], max_length: int) -> Loaded:
+    """Usable and rejected rows of a table of records."""
+    arrow = table.with_format("arrow")[:]
+    column = {name: arrow[name].to_numpy() for name in ("file", "row", "length", "place")}
+    reasons = {i: reason for i, reason in enumerate(arrow["reason"].to_pylist()) if reason}
+    reasons |= {i: too_long(n, max_length) for i, n in enumerate(column["length"].tolist()) if n > max_length}
+    rejected = [Rejected(sources[column["file"][i]].name, int(column["row"][i]), reasons[i]) for i in sorted(reasons)]
+    counts = [np.asarray(chunk.flatten()).reshape(-1, 2, SEGMENTS) for chunk in arrow["counts"].chunks]
+    stacked = np.concatenate(counts) if counts else np.zeros((0, 2, SEGMENTS), np.int64)
+    good = np.setdiff1d(np.arange(len(table)), np.array(list(reasons), dtype=np.int64))
+    rows = Rows(table, column["length"], stacked, column["place"]).select(good)
+    total = len(
+        {*zip(column["file"].tolist(), column["row"].tolist(), strict=True)}
+    )  # a text has several records a row
+    return Loaded(rows, rejected, total)
+
+
+def too_long(length: int, max_length: int) -> str:
+    """The reason against a row of so many tokens, empty when it fits."""
+    return f"row is {length} tokens long, more than data.max_length {max_length}" if length > max_length else ""
+
+
+def apply_policy(loaded: Loaded, key: str, policy: BadRows, max_skipped_share: float) -> str:
+    """Stops on bad rows where the policy says so; else returns what to warn of, or nothing."""
+    rejected, total = loaded.rejected, loaded.total
+    if not total:
+        raise ValueError(f"{key} names files without a row: name some that have rows.")
+    if rejected and policy == "error":
+        raise bad_row(rejected[0], len(rejected))
+    if not len(loaded.rows):
+        raise ValueError(f"{key}: none of its {total} rows can be used; the first is {rejected[0]}.")
+    if len(rejected) > max_skipped_share * total:
+        raise ValueError(
+            f"{key}: {len(rejected)} of {total} rows cannot be used, more than data.max_skipped_share "
+            f"{max_skipped_share:g} allows; the first is {rejected[0]}."
+        )
+    if not rejected:
+        return ""
+    kinds = Counter("longer than data.max_length" if "tokens long" in r.reason else r.reason for r in rejected)
+    listed = "; ".join(f"{n} x {kind}" for kind, n in kinds.most_common())
+    return f"{key}: {len(rejected)} of {total} rows skipped ({listed}); `preview` lists them."
+
+
+def bad_row(row: Rejected, count: int = 1) -> ValueError:
+    """One sentence for a row that stops the run."""
+    more = f" ({count} such rows in all)" if count > 1 else ""
+    return ValueError(f"{row}{more}; rows count from 0 within the file: mend the row, or set data.bad_rows: skip.")
+
+
+def hold_out(rows: Rows, share: float, key: str, what: str) -> tuple[Rows, Rows]:
+    """Rows kept and rows held out, by the hash of what must not stand in both; neither side is empty."""
+    if share <= 0:
+        return rows, rows.select(np.array([], dtype=np.int64))
+    places = rows.places
+    if places.min() == places.max():
+        raise ValueError(
+            f"{key} holds one {what} only, so none can be held out: set data.validation, or data.validation_share: 0."
+        )
+    limit = min(max(share, places.min()), places[places < places.max()].max())
+    held_out = places <= limit
+    return rows.select(np.flatnonzero(~held_out)), rows.select(np.flatnonzero(held_out))
+
+
+def packed_loader(
+    rows: Rows,
+    *,
+    max_length: int,
+    tokens_per_batch: int,
+    pad_id: int,
+    seed: int,
+    shuffle: bool,
+    num_workers: int,
+    trainer: Trainer | None,
+) -> DataLoader[Any]:
+    """Packs the rows and plans their order: a function of (seed, epoch) when shuffled, fixed when not."""
+    sampler = StepSampler(
+        pack(rows.lengths, max_length, seed),
+        rows.lengths,
+        rows.counts,
+        sequences_per_batch=max(1, tokens_per_batch // max_length),
+        seed=seed,
+        shuffle=shuffle,
+        trainer=trainer,
+    )
+    return step_loader(PackedRows(rows.table, max_length, pad_id), sampler, num_workers)
+
+
+def check_numbers(data: Any, length_key: str) -> None:
+    """Refuses numbers that make no sense, by the name of their key."""
+    length = getattr(data, length_key)
+    if length < 8:
+        raise ValueError(f"data.{length_key} is {length}: a sequence needs at least 8 tokens.")
+    if data.tokens_per_batch < 1:
+        raise ValueError(f"data.tokens_per_batch is {data.tokens_per_batch}: it must be at least 1.")
+    if not 0 <= data.validation_share < 1:
+        raise ValueError(f"data.validation_share is {data.validation_share}: it must be at least 0 and below 1.")
+    if data.bad_rows not in ("error", "skip"):
+        raise ValueError(f"data.bad_rows is {data.bad_rows!r}: it must be error or skip.")
