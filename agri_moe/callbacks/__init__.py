@@ -1,0 +1,1 @@
+"""What watches a run: routers, CKA, samples, throughput, checkpoints. One concern a file."""

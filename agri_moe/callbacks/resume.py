@@ -1,0 +1,105 @@
+"""Checkpoints that count only when whole, and the end of a run."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only
+
+from agri_moe.runs import MARKER, Lock, Run, mark_complete
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Write beside the final name, flush, rename, write checksums: a crash at any moment leaves no false checkpoint.
+
+    Lightning's own saves stage in the temporary folder; on another filesystem, a full disk leaves a broken file under
+    the final name.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Save to `path`, a local path."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        with partial.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        mark_complete(path)
+
+    def load_checkpoint(
+        self, path: Any, map_location: Callable[..., Any] | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Load without running any code that the file may hold."""
+        return super().load_checkpoint(path, map_location or (lambda storage, _: storage), weights_only=True)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Take the completeness marker away first: what is half removed must not count."""
+        path = Path(path)
+        path.with_name(path.name + MARKER).unlink(missing_ok=True)
+        super().remove_checkpoint(path)
+
+
+class Checkpoint(ModelCheckpoint):
+    """Save every so many optimizer steps and at the end; keep the newest few.
+
+    Args:
+        every_n_steps: Optimizer steps between two checkpoints.
+        keep: How many to keep, the newest first; -1 keeps all.
+    """
+
+    def __init__(self, every_n_steps: int = 500, keep: int = 2):
+        if every_n_steps < 1 or keep == 0 or keep < -1:
+            raise ValueError(
+                f"Checkpoint needs every_n_steps >= 1 and keep >= 1 (or -1 for all), not {every_n_steps} and {keep}."
+            )
+        super().__init__(
+            filename="{step:08d}",
+            monitor="step",
+            mode="max",
+            save_top_k=keep,
+            every_n_train_steps=every_n_steps,
+            save_on_train_epoch_end=False,
+        )
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Save the last step too, whatever the interval."""
+        super().on_train_end(trainer, pl_module)
+        if self._last_global_step_saved != trainer.global_step:
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+class RunStatus(lightning.Callback):
+    """Mark the run as finished when training has come to its end, and let go of its folder.
+
+    Args:
+        run: The run's folder.
+        lock: Held by this process; None on ranks other than the first.
+    """
+
+    def __init__(self, run: Run, lock: Lock | None):
+        self.run = run
+        self.lock = lock
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """The last word; not reached when training was interrupted or failed."""
+        if not trainer.interrupted:
+            self.run.write(status="finished", steps=trainer.global_step)
+        self._release()
+
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        """Stay unfinished: the same command goes on from here."""
+        self._release()
+
+    def _release(self) -> None:
+        if self.lock is not None:
+            self.lock.release()

@@ -1,0 +1,60 @@
+"""What the model writes, at every validation, as text."""
+
+from typing import Any
+
+import lightning
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+
+from agri_moe.callbacks.figures import log_text, run_folder
+from agri_moe.data.chat_data import ChatDataModule
+from agri_moe.generation import generate
+from agri_moe.models.base import LanguageModule
+
+
+class SampleAdvisories(lightning.Callback):
+    """Answer the first validation scenarios greedily and log thought and advisory beside the reference.
+
+    The texts go to TensorBoard as `advisories` and to `samples/step=NNNNNNNN.md` in the run's folder.
+
+    Args:
+        rows: How many scenarios.
+        max_new_tokens: Answers are cut off after so many tokens.
+    """
+
+    def __init__(self, rows: int = 4, max_new_tokens: int = 256):
+        self.rows = rows
+        self.max_new_tokens = max_new_tokens
+
+    def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Generate on the first rank; a sharded model is left out, since generation would need every rank."""
+        if trainer.sanity_checking:
+            return
+        if pl_module.device_mesh is not None:
+            rank_zero_warn("SampleAdvisories does not generate from a sharded model.")
+            return
+        self._log(trainer, pl_module)
+
+    @rank_zero_only
+    def _log(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        assert isinstance(pl_module, LanguageModule)
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, ChatDataModule):
+            raise ValueError(
+                "SampleAdvisories needs scenarios, which only ChatDataModule has; take it out of trainer.callbacks."
+            )
+        table = data.rows("validation").table
+        rows = [table[i] for i in range(min(self.rows, len(table)))]
+        prompts = [data.chat.encode_prompt(row["scenario"], row.get("system")) for row in rows]
+        answers = generate(
+            pl_module.model.hf, data.chat, prompts, max_new_tokens=self.max_new_tokens, batch_size=self.rows
+        )
+        parts = [
+            f"**स्थिति** {row['scenario']}\n\n**विचार** {answer.thought}\n\n"
+            f"**सलाह** {answer.advisory}\n\n**संदर्भ (reference)** {row['advisory']}\n"
+            for row, answer in zip(rows, answers, strict=True)
+        ]
+        text = "\n---\n\n".join(parts)
+        log_text(trainer, "advisories", text)
+        folder = run_folder(trainer) / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"step={trainer.global_step:08d}.md").write_text(text, encoding="utf-8")

@@ -1,0 +1,167 @@
+"""The command line: Lightning's fit, validate, test and predict, and one function per tool.
+
+Nothing heavy is imported at the top: `--help` answers at once, and a tool imports what it needs when it is called.
+"""
+
+import importlib
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from jsonargparse import ArgumentParser
+
+if TYPE_CHECKING:
+    from agri_moe.training_cli import TrainingCLI
+
+# Command -> (purpose, example). Training commands are Lightning's.
+TRAINING = {
+    "fit": ("train; goes on by itself where a run was cut off", "fit --config configs/distill.yaml"),
+    "validate": ("score the newest run's newest checkpoint on its validation rows", "validate"),
+    "test": ("score it on its test rows", "test"),
+    "predict": ("answer the validation scenarios, into the run's predictions.jsonl", "predict"),
+}
+# Command -> (module:function, purpose, example).
+TOOLS = {
+    "upcycle": (
+        "agri_moe.tools.upcycle:upcycle",
+        "make a dense checkpoint a sparse Mixture-of-Experts",
+        "upcycle --source Qwen/Qwen3-0.6B --output student",
+    ),
+    "audit": (
+        "agri_moe.tools.audit:audit",
+        "check an upcycled checkpoint: shapes, symmetry, function kept",
+        "audit --student student",
+    ),
+    "preview": (
+        "agri_moe.tools.preview:preview",
+        "look at rows as the model will see them, and at what is wrong with them",
+        "preview --config configs/distill.yaml",
+    ),
+    "export": (
+        "agri_moe.tools.export:export",
+        "write a checkpoint as a Hugging Face folder, round trip proven",
+        "export --output advisor",
+    ),
+    "generate": (
+        "agri_moe.tools.generate:generate",
+        "answer a scenario, or a file of scenarios",
+        'generate --model advisor --scenario "फसल: गेहूँ, लक्षण: पत्तियाँ पीली"',
+    ),
+    "corpus": (
+        "agri_moe.tools.corpus:corpus",
+        "write the embedded Hindi crop-advisory rows (demonstration data)",
+        "corpus --output corpus",
+    ),
+}
+
+
+def overview() -> str:
+    """What `--help` prints."""
+    commands = TRAINING | {name: (purpose, example) for name, (_, purpose, example) in TOOLS.items()}
+    lines = ["usage: python main.py COMMAND [options]      python main.py COMMAND --help", ""]
+    for name, (purpose, example) in commands.items():
+        lines += [f"  {name:<10} {purpose}", f"             python main.py {example}"]
+    return "\n".join(lines)
+
+
+class ToolParser(ArgumentParser):
+    """Says what is wrong in one sentence instead of jsonargparse's whole usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print one sentence and exit with status 2."""
+        fail(one_sentence(message, ex, sys.argv))
+
+
+def fail(message: str) -> NoReturn:
+    """Tell the user what to mend; exit status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def one_sentence(message: str, error: BaseException | None, args: Sequence[str] = ()) -> str:
+    """What is wrong, out of jsonargparse's many lines.
+
+    Args:
+        message: Its own report, a tree of what each type of a union had to say.
+        error: The exception behind it, if any.
+        args: The command line, to give a key the way the user wrote it.
+    """
+    if (cause := our_cause(error)) is not None:
+        return str(cause)
+    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
+    keys = [match[1] for line in lines if (match := re.search(r"key \"([^\"]+)\"", line))]
+    telling = [line for line in lines if line and not line.startswith(UNTELLING)][:3]
+    if not telling or not keys:
+        return ", or ".join(dict.fromkeys(telling)) or message
+    key = next((arg.split("=")[0] for arg in args if keys[-1] in arg.split("=")[0]), keys[-1])
+    value = next((line for line in lines if line.startswith("Given value: ")), "")
+    return f"{key}: {', or '.join(dict.fromkeys(telling))}. {value}".strip()
+
+
+# Lines of jsonargparse's reports that say nothing to the person who wrote the config.
+UNTELLING = (
+    *("Parser key", "Problem with", "Given value", "Subtypes:", "Errors:", "Does not validate against"),
+    *("Expected a path but", "Expected a dot import path", "Expected a <class 'NoneType'>"),
+)
+
+
+def our_cause(error: BaseException | None) -> ValueError | None:
+    """The ValueError of this package at the bottom of an exception's chain; None if there is none."""
+    found = None
+    while error is not None:
+        if isinstance(error, ValueError) and _ours(error):
+            found = error
+        error = error.__cause__ or error.__context__
+    return found
+
+
+def _ours(error: BaseException) -> bool:
+    """Whether this package raised the error: then its text is meant for the user."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
+
+
+def run_tool(name: str, args: Sequence[str]) -> None:
+    """Parse a tool's arguments from its function's signature and call it."""
+    target, purpose, example = TOOLS[name]
+    module, function_name = target.split(":")
+    function = getattr(importlib.import_module(module), function_name)
+    parser = ToolParser(
+        prog=f"main.py {name}",
+        description=f"{purpose[0].upper()}{purpose[1:]}.",
+        epilog=f"example: python main.py {example}",
+    )
+    parser.add_function_arguments(function)
+    function(**parser.parse_args(list(args)).as_dict())
+
+
+def main(args: Sequence[str] | None = None) -> "TrainingCLI | None":
+    """Run one command.
+
+    Args:
+        args: Command line without the program's name; `sys.argv` by default.
+
+    Returns:
+        For the training commands, the CLI object with its `trainer`, for callers from Python.
+    """
+    args = list(sys.argv[1:] if args is None else args)
+    if not args or args[0] in ("-h", "--help"):
+        print(overview())
+        return None
+    command, *rest = args
+    if command not in TOOLS and command not in TRAINING:
+        fail(f"{command} is no command; there are {', '.join([*TRAINING, *TOOLS])}.")
+    try:
+        if command in TOOLS:
+            run_tool(command, rest)
+            return None
+        from agri_moe.training_cli import run_training
+
+        return run_training(command, rest)
+    except (ValueError, TypeError) as error:  # jsonargparse wraps a ValueError of ours in either
+        if (cause := our_cause(error)) is None:
+            raise
+        fail(str(cause))

@@ -1,0 +1,269 @@
+"""Run folders: one per experiment, with its config, its checkpoints and a word on how it ended.
+
+    lightning_logs/version_N/
+        config.yaml               the resolved config
+        tokenizer/                with the chat template, for export and generate
+        run.json                  fingerprint of the config; "running" or "finished"
+        lock.json                 while a process trains here: host, process id; touched every few seconds
+        checkpoints/step=00000100.ckpt
+        checkpoints/step=00000100.ckpt.complete      SHA-256 of every file of the checkpoint; without it, none counts
+
+Nothing here imports torch: tools that only look for a run stay quick.
+"""
+
+import hashlib
+import json
+import os
+import re
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+LOGS = "lightning_logs"
+MARKER = ".complete"
+HEARTBEAT_SECONDS = 10
+DEAD_AFTER_SECONDS = 60
+
+# Where a run happens, how long it lasts and what it logs do not make it another experiment.
+NOT_IDENTITY = frozenset(
+    (
+        *("accelerator", "devices", "num_nodes", "strategy", "sync_batchnorm", "use_distributed_sampler", "plugins"),
+        *("max_epochs", "min_epochs", "max_steps", "min_steps", "max_time", "fast_dev_run", "val_check_interval"),
+        *("limit_val_batches", "limit_test_batches", "limit_predict_batches", "check_val_every_n_epoch"),
+        *("logger", "log_every_n_steps", "callbacks", "default_root_dir", "profiler", "num_sanity_val_steps"),
+        *("enable_progress_bar", "enable_model_summary", "enable_checkpointing", "enable_autolog_hparams", "barebones"),
+    )
+)
+
+
+def fingerprint(config: Mapping[str, Any]) -> str:
+    """SHA-256 of the parts of a resolved config that make it this experiment and no other."""
+    return hashlib.sha256(json.dumps(identity(config), sort_keys=True, default=str).encode()).hexdigest()
+
+
+def identity(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts of a resolved config that make it this experiment: model, data, seed, and the trainer's arithmetic."""
+    trainer = {k: v for k, v in config.get("trainer", {}).items() if k not in NOT_IDENTITY}
+    return {k: config.get(k) for k in ("model", "data", "seed_everything")} | {"trainer": trainer}
+
+
+def differences(old: Any, new: Any, key: str = "") -> list[str]:
+    """Every leaf at which two nested configs differ, as `key: old -> new`."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        keys = sorted(old.keys() | new.keys())
+        return [line for k in keys for line in differences(old.get(k), new.get(k), f"{key}.{k}".lstrip("."))]
+    return [] if old == new else [f"{key}: {old} -> {new}"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's folder."""
+
+    folder: Path
+
+    @property
+    def number(self) -> int:
+        """N of version_N."""
+        return int(self.folder.name.removeprefix("version_"))
+
+    def read(self) -> dict[str, Any]:
+        """The content of run.json; empty if there is none."""
+        path = self.folder / "run.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def write(self, **values: Any) -> None:
+        """Update run.json."""
+        replace_text(self.folder / "run.json", json.dumps(self.read() | values, indent=1))
+
+    @property
+    def config(self) -> Path:
+        """The resolved config."""
+        return self.folder / "config.yaml"
+
+    def checkpoints(self) -> list[Path]:
+        """Checkpoints by step, newest first, damaged and unfinished ones included."""
+        found = {_step(path): path for path in (self.folder / "checkpoints").glob("step=*.ckpt")}
+        return [found[step] for step in sorted(found, reverse=True)]
+
+    def intact_checkpoint(self) -> tuple[Path | None, list[str]]:
+        """The newest checkpoint that is whole, and what is wrong with each newer one.
+
+        Raises:
+            ValueError: If there are checkpoints but none is whole: starting over would be the wrong guess.
+        """
+        complaints: list[str] = []
+        for path in self.checkpoints():
+            problem = damage(path)
+            if problem is None:
+                return path, complaints
+            complaints.append(f"{path} {problem}")
+        if complaints:
+            raise ValueError(
+                f"no checkpoint of {self.folder} is intact ({'; '.join(complaints)}); "
+                "restore one, or start afresh with --resume never."
+            )
+        return None, []
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step in a checkpoint's name."""
+    return _step(checkpoint)
+
+
+def _step(path: Path) -> int:
+    match = re.search(r"step=(\d+)", path.name)
+    if match is None:
+        raise ValueError(f"{path} is no checkpoint of a run: its name lacks step=NUMBER.")
+    return int(match[1])
+
+
+def all_runs(root: Path) -> list[Run]:
+    """The runs under `root`/lightning_logs, newest first."""
+    folders = [p for p in (root / LOGS).glob("version_*") if p.name.removeprefix("version_").isdigit()]
+    return sorted((Run(p) for p in folders), key=lambda run: run.number, reverse=True)
+
+
+def unfinished_run(root: Path, mark: str) -> Run | None:
+    """The newest run of the config with this fingerprint, if it has not finished."""
+    same = (run for run in all_runs(root) if run.read().get("fingerprint") == mark)
+    newest = next(same, None)
+    return newest if newest is not None and newest.read()["status"] != "finished" else None
+
+
+def newest_checkpoint(root: Path, mark: str | None = None) -> tuple[Run, Path]:
+    """The newest intact checkpoint of the newest run that has one.
+
+    Args:
+        root: Where lightning_logs lies.
+        mark: Only runs with this fingerprint.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    for run in all_runs(root):
+        if run.checkpoints() and mark in (None, run.read().get("fingerprint")):
+            path, _ = run.intact_checkpoint()
+            assert path is not None, "intact_checkpoint raises if there are checkpoints and none is whole"
+            return run, path
+    what = "with this config " if mark else ""
+    raise ValueError(f"{root / LOGS} holds no run {what}with a checkpoint: train first with fit, or give --ckpt_path.")
+
+
+def new_run(root: Path, mark: str) -> Run:
+    """Create the folder of the next version."""
+    runs = all_runs(root)
+    number = runs[0].number + 1 if runs else 0
+    while True:
+        run = Run(root / LOGS / f"version_{number}")
+        try:
+            run.folder.mkdir(parents=True)
+        except FileExistsError:  # another process was quicker
+            number += 1
+            continue
+        run.write(fingerprint=mark, status="running")
+        return run
+
+
+# ---------------------------------------------------------------------- completeness
+
+
+def mark_complete(checkpoint: Path) -> None:
+    """Write the checksums of a checkpoint (a file or a folder) beside it: from now on it counts."""
+    sums = {name: _sha256(path) for name, path in _files(checkpoint)}
+    replace_text(_marker(checkpoint), json.dumps(sums, indent=1))
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint; None if every file has the checksum that was written with it."""
+    marker = _marker(checkpoint)
+    if not marker.exists():
+        return "was not finished"
+    expected = json.loads(marker.read_text())
+    files = dict(_files(checkpoint))
+    for name, digest in expected.items():
+        if name not in files:
+            return f"lacks {name}"
+        if _sha256(files[name]) != digest:
+            return f"is damaged ({name} has another checksum)"
+    return None
+
+
+def set_aside(checkpoint: Path) -> None:
+    """Keep a damaged checkpoint under another name, so that its step can be saved again."""
+    checkpoint.rename(checkpoint.with_name(checkpoint.name + ".damaged"))
+    _marker(checkpoint).unlink(missing_ok=True)
+
+
+def _marker(checkpoint: Path) -> Path:
+    return checkpoint.with_name(checkpoint.name + MARKER)
+
+
+def _files(checkpoint: Path) -> Iterator[tuple[str, Path]]:
+    if checkpoint.is_dir():
+        for path in sorted(p for p in checkpoint.rglob("*") if p.is_file()):
+            yield str(path.relative_to(checkpoint)), path
+    elif checkpoint.exists():
+        yield checkpoint.name, checkpoint
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old content or the new, never a part."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+# ---------------------------------------------------------------------- lock
+
+
+class Lock:
+    """Keeps a second process out of a live run.
+
+    A lock whose process is gone (same host), or whose heartbeat is older than a minute (any host), is taken over.
+
+    Raises:
+        ValueError: If a live process holds it.
+    """
+
+    def __init__(self, run: Run):
+        self.path = run.folder / "lock.json"
+        if self.path.exists() and (holder := self._living_holder()):
+            raise ValueError(
+                f"{run.folder} is in use by process {holder['process']} on {holder['host']}; wait for it, or start a "
+                "second run of the same config with --resume never."
+            )
+        replace_text(self.path, json.dumps({"host": socket.gethostname(), "process": os.getpid()}))
+        self._stop = threading.Event()
+        threading.Thread(target=self._beat, daemon=True).start()
+
+    def _living_holder(self) -> dict[str, Any] | None:
+        holder: dict[str, Any] = json.loads(self.path.read_text())
+        if time.time() - self.path.stat().st_mtime > DEAD_AFTER_SECONDS:
+            return None
+        if holder["host"] == socket.gethostname():
+            # Within one process (a notebook, a script) one run follows the other.
+            here = holder["process"] == os.getpid()
+            return None if here or not Path(f"/proc/{holder['process']}").exists() else holder
+        return holder
+
+    def _beat(self) -> None:
+        while not self._stop.wait(HEARTBEAT_SECONDS):
+            if self.path.exists():
+                os.utime(self.path)
+
+    def release(self) -> None:
+        """Let the next process in."""
+        self._stop.set()
+        self.path.unlink(missing_ok=True)

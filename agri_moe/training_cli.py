@@ -1,0 +1,300 @@
+"""Lightning's CLI with run folders: `fit` resumes by itself, `validate` finds the newest run.
+
+Imported only for training commands, since Lightning takes seconds to load.
+"""
+
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn
+
+import lightning
+from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
+
+from agri_moe.callbacks.resume import AtomicCheckpointIO, Checkpoint, RunStatus
+from agri_moe.cli import fail, one_sentence
+from agri_moe.data.chat_data import ChatDataModule
+from agri_moe.models.base import LanguageModule
+from agri_moe.models.distill import DistillModule
+from agri_moe.models.pretrain import PretrainModule
+from agri_moe.runs import (
+    LOGS,
+    Lock,
+    Run,
+    differences,
+    fingerprint,
+    identity,
+    new_run,
+    newest_checkpoint,
+    replace_text,
+    set_aside,
+    step_of,
+    unfinished_run,
+)
+
+# Imported so that a config or --model may name them without their module's path.
+SHORT_NAMES = (ChatDataModule, DistillModule, PretrainModule)
+
+# Warnings about what is meant, or that only the libraries' authors can mend.
+NOISE = (
+    ".*args parameter is intended to run from within Python.*",
+    ".*You have overridden `on_before_batch_transfer` in `LightningModule`.*",
+    ".*LeafSpec.*is deprecated.*",
+    ".*does not have many workers.*",
+    ".*Checkpoint directory .* exists and is not empty.*",
+    ".*The dirpath has changed from .*",
+)
+
+UNTRAINED = "source"
+"""Value of --ckpt_path that scores the model as it stands in its source folder."""
+
+
+class Parser(LightningArgumentParser):
+    """Says what is wrong in one sentence."""
+
+    given: ClassVar[Sequence[str]] = ()
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print one sentence and exit with status 2."""
+        fail(one_sentence(message, ex, self.given))
+
+
+class TrainingCLI(LightningCLI):
+    """fit, validate, test and predict over the modules and data modules of this package."""
+
+    run: Run | None = None
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "fit":
+            parser.add_argument(
+                "--resume",
+                type=str,
+                default="auto",
+                help="auto: go on with the newest unfinished run of this config; never: start afresh; or a checkpoint.",
+            )
+            parser.add_argument(
+                "--resume_anyway", type=bool, default=False, help="Resume a checkpoint of another config."
+            )
+        return parser
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the config as it is: Lightning would let hyperparameters in the checkpoint beat it."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
+        """Every run saves and loads through `AtomicCheckpointIO`."""
+        plugins = self.config_init[self.subcommand]["trainer"]["plugins"] or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        return super().instantiate_trainer(plugins=[*plugins, AtomicCheckpointIO()], **kwargs)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The resolved config of this command."""
+        config = self.config[self.subcommand].as_dict()
+        return {k: v for k, v in config.items() if k not in ("config", "resume", "resume_anyway", "ckpt_path")}
+
+    @property
+    def root(self) -> Path:
+        """Where lightning_logs lies."""
+        return Path(self.settings["trainer"]["default_root_dir"] or ".")
+
+    def check(self) -> None:
+        """Find what is wrong with settings, sources and rows before anything heavy is loaded."""
+        self.datamodule.check()
+        self.model.check(self.datamodule.chat)
+
+    # ------------------------------------------------------------------ fit
+
+    def before_fit(self) -> None:
+        """Choose the run's folder and the checkpoint to go on from."""
+        self.check()
+        if self.settings["trainer"]["fast_dev_run"]:
+            return
+        if self.trainer.world_size > 1 and not self._launches_ranks():
+            self.trainer.strategy.setup_environment()  # ranks were started from outside: they must agree
+        choice: tuple[str, str | None] | None = None
+        lock = None
+        if self.trainer.is_global_zero:
+            run, checkpoint = self._choose_run()
+            lock = Lock(run)
+            choice = str(run.folder), str(checkpoint) if checkpoint else None
+        if self.trainer.world_size > 1:
+            choice = self._share(choice)
+        assert choice is not None, "one rank alone is the first rank, which has chosen"
+        self.run = Run(Path(choice[0]))
+        self._enter(self.run, Path(choice[1]) if choice[1] else None, lock)
+
+    def _launches_ranks(self) -> bool:
+        environment = getattr(self.trainer.strategy, "cluster_environment", None)
+        return environment is not None and not environment.creates_processes_externally
+
+    def _share(self, choice: tuple[str, str | None] | None) -> tuple[str, str | None]:
+        """The first rank's choice, on every rank."""
+        if not self._launches_ranks():
+            shared = self.trainer.strategy.broadcast(choice)
+            assert shared is not None, "the first rank has chosen"
+            return shared
+        # Lightning starts the other ranks of this host later, with this environment.
+        if choice is not None:
+            os.environ["AGRI_MOE_RUN"] = json.dumps(choice)
+        return tuple(json.loads(os.environ["AGRI_MOE_RUN"]))
+
+    def _choose_run(self) -> tuple[Run, Path | None]:
+        mark = fingerprint(self.settings)
+        resume = self.config["fit"]["resume"]
+        if resume == "auto":
+            run = unfinished_run(self.root, mark)
+            if run is None:
+                return new_run(self.root, mark), None
+            checkpoint, damaged = run.intact_checkpoint()
+            for complaint in damaged:
+                rank_zero_warn(f"{complaint}; the checkpoint before it is used.")
+            return run, checkpoint
+        if resume == "never":
+            return new_run(self.root, mark), None
+        return self._resume_from(Path(resume), mark)
+
+    def _resume_from(self, checkpoint: Path, mark: str) -> tuple[Run, Path]:
+        run = Run(checkpoint.parent.parent)
+        if not checkpoint.exists() or not run.config.exists():
+            raise ValueError(f"--resume {checkpoint} is no checkpoint in a run's folder (version_N/checkpoints/).")
+        if run.read().get("fingerprint") != mark and not self.config["fit"]["resume_anyway"]:
+            old = self._parser("fit").parse_path(str(run.config), _skip_validation=True).as_dict()
+            lines = differences(identity(old), identity(self.settings))
+            raise ValueError(
+                f"--resume {checkpoint}: the config has changed ({'; '.join(lines)}); "
+                "give --resume_anyway true to go on with the new one."
+            )
+        return new_run(self.root, mark), checkpoint
+
+    def _enter(self, run: Run, checkpoint: Path | None, lock: Lock | None) -> None:
+        """Point logger, checkpoints and status at the run's folder."""
+        trainer: Any = self.trainer  # whose callbacks Lightning's own annotations do not know
+        if lock is not None:
+            if checkpoint is not None and checkpoint.parent.parent == run.folder:
+                for path in run.checkpoints():
+                    if step_of(path) > step_of(checkpoint):
+                        set_aside(path)
+            replace_text(run.config, self._parser("fit").dump(self._dumpable(), skip_none=False))
+            self.datamodule.chat.save(run.folder / "tokenizer")
+            run.write(status="running")
+        if self.config["fit"]["trainer"]["logger"] in (None, True):
+            trainer.logger = TensorBoardLogger(
+                run.folder.parent.parent,
+                name=LOGS,
+                version=run.folder.name,
+                # A crash leaves entries past the checkpoint; those steps are about to be logged again.
+                purge_step=step_of(checkpoint) if checkpoint else None,
+            )
+        if not any(isinstance(c, Checkpoint) for c in trainer.callbacks):
+            trainer.callbacks.append(Checkpoint())
+        for callback in trainer.checkpoint_callbacks:
+            callback.dirpath = str((run.folder / "checkpoints").absolute())
+        trainer.callbacks.append(RunStatus(run, lock))
+        if checkpoint is not None:
+            self.config_init["fit"]["ckpt_path"] = str(checkpoint)
+            rank_zero_info(f"Going on in {run.folder} from {checkpoint.name}.")
+        else:
+            rank_zero_info(f"New run in {run.folder}.")
+
+    def _dumpable(self) -> Any:
+        config = self.config["fit"].clone()
+        for key in ("config", "resume", "resume_anyway", "ckpt_path", "weights_only"):
+            config.pop(key, None)
+        return config
+
+    # ------------------------------------------------------------------ validate, test, predict
+
+    def before_validate(self) -> None:
+        """Find the checkpoint to score: random weights are never scored."""
+        self._find_checkpoint()
+
+    def before_test(self) -> None:
+        """As for validate."""
+        self._find_checkpoint()
+
+    def before_predict(self) -> None:
+        """As for validate; and write the answers down."""
+        self._find_checkpoint()
+        folder = self.run.folder if self.run else self.root
+        trainer: Any = self.trainer
+        trainer.callbacks.append(PredictionWriter(folder / "predictions.jsonl"))
+
+    def _find_checkpoint(self) -> None:
+        self.check()
+        command = str(self.subcommand)
+        given = self.config[command]["ckpt_path"]
+        folder = self.root
+        if given == UNTRAINED:
+            self.config_init[command]["ckpt_path"] = None
+        elif given is None:
+            self.run, checkpoint = newest_checkpoint(self.root, fingerprint(self.settings))
+            self.config_init[command]["ckpt_path"] = str(checkpoint)
+            folder = self.run.folder
+        else:
+            folder = Path(given).parent.parent
+            self.run = Run(folder)
+        if self.config[command]["trainer"]["logger"] in (None, True):
+            self.trainer.logger = TensorBoardLogger(folder, name="", version=command)
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Write answers as JSON lines, whole or not at all.
+
+    Args:
+        path: Where to.
+    """
+
+    def __init__(self, path: Path):
+        super().__init__("epoch")
+        self.path = path
+
+    @rank_zero_only
+    def write_on_epoch_end(
+        self, trainer: lightning.Trainer, pl_module: Any, predictions: Any, batch_indices: Any
+    ) -> None:
+        """One line per scenario."""
+        rows = [row for batch in predictions for row in batch]
+        replace_text(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        rank_zero_info(f"Wrote {len(rows)} answers to {self.path}.")
+
+
+def with_newest_run(args: Sequence[str]) -> list[str]:
+    """Add the newest run's own config and checkpoint where no config is named."""
+    args = list(args)
+    if any(arg.split("=")[0] in ("--config", "-c", "--help", "-h") for arg in args):
+        return args
+    root = next((arg.split("=", 1)[1] for arg in args if arg.startswith("--trainer.default_root_dir=")), ".")
+    run, checkpoint = newest_checkpoint(Path(root))
+    rank_zero_info(f"Using {checkpoint}.")
+    found = ["--config", str(run.config)]
+    if not any(arg.split("=")[0] == "--ckpt_path" for arg in args):
+        found += ["--ckpt_path", str(checkpoint)]
+    return found + args
+
+
+def run_training(command: str, args: Sequence[str]) -> TrainingCLI:
+    """Run one of Lightning's commands."""
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message)
+    if command != "fit":
+        args = with_newest_run(args)
+    Parser.given = args
+    return TrainingCLI(
+        LanguageModule,
+        lightning.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        save_config_callback=None,
+        seed_everything_default=0,
+        parser_class=Parser,
+        trainer_defaults={"use_distributed_sampler": False},
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+        args=[command, *args],
+    )
