@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from agri_moe.data.chat import Chat
-from agri_moe.models.source import load_config
+from agri_moe.models.checkpoint_files import load_config
 from agri_moe.runs import damage
 
 PREFIX = "model.hf."

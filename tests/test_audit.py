@@ -12,33 +12,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_upcycle import TINY as TWO_LAYERS
+from test_upcycle import make_dense
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
 from agri_moe.models.audit import _count, _kl, _layers, audit
 from agri_moe.models.upcycle import UpcycleSpec, upcycle
 from agri_moe.tools.audit import audit as command
 
-TINY: dict[str, Any] = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-}
+TINY = TWO_LAYERS | {"num_hidden_layers": 3}
 GATE = "model.layers.1.mlp.gate.weight"
 EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"
-
-
-def make_dense(folder: Path, config: Any, dtype: torch.dtype = torch.float32) -> Path:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(1.0 if "norm" in name else 0.0, 0.2)
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -182,18 +166,10 @@ def test_jittered_logits_are_only_reported(dense: Path, tmp_path: Path) -> None:
     ("name", "edit", "message"),
     [
         (EXPERT, lambda weight: None, f"missing: {EXPERT} is missing"),
-        (
-            EXPERT,
-            lambda weight: weight[:-1].clone(),
-            rf"{EXPERT} has shape \[47, 32\]: the config asks for \[48, 32\]",
-        ),
+        (EXPERT, lambda weight: weight[:-1].clone(), rf"{EXPERT} has shape \[47, 32\]: the config asks for \[48, 32\]"),
         (EXPERT, lambda weight: weight.half(), "is stored as F16: the config says F32"),
         (EXPERT, lambda weight: weight.double(), "is stored as F64"),
-        (
-            EXPERT,
-            lambda weight: weight.index_fill(0, torch.tensor([3]), float("nan")),
-            "holds 32 values not finite",
-        ),
+        (EXPERT, lambda weight: weight.index_fill(0, torch.tensor([3]), math.nan), "holds 32 values not finite"),
         ("model.norm.weight", lambda weight: weight / 0, r"model.norm.weight holds 32 values not finite"),
         (GATE, lambda weight: weight.index_fill(0, torch.tensor([1]), -math.inf), f"{GATE} holds 32 values"),
     ],
@@ -307,12 +283,8 @@ def test_a_stock_checkpoint_of_another_maker_is_audited(tmp_path: Path) -> None:
 
 def test_kl_against_torch() -> None:
     source, student = torch.randn(6, 50), torch.randn(6, 50)
-    reference = torch.nn.functional.kl_div(
-        student.double().log_softmax(-1),
-        source.double().log_softmax(-1),
-        log_target=True,
-        reduction="batchmean",
-    )
+    logs = (logits.double().log_softmax(-1) for logits in (student, source))
+    reference = torch.nn.functional.kl_div(*logs, log_target=True, reduction="batchmean")
     assert _kl(source, student) == pytest.approx(float(reference), rel=1e-12)
     assert _kl(source, source) == 0
 

@@ -233,6 +233,9 @@ def test_the_main_job(undisturbed, distill_config, tmp_path, capsys, monkeypatch
     monkeypatch.chdir(tmp_path)
     again = main(["validate"])
     assert float(again.trainer.callback_metrics["val/ce"]) == pytest.approx(logged["val/ce"][0][1], rel=1e-6)
+    by_config = main(["validate", "--config", str(distill_config)])
+    assert by_config.run == again.run or by_config.run.folder.samefile(again.run.folder)
+    assert by_config.trainer.callback_metrics["val/ce"] == again.trainer.callback_metrics["val/ce"]
     assert "test/ce" in main(["test"]).trainer.callback_metrics
     main(["predict"])
     answers = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM
 from agri_moe.data.chat import Chat
 from agri_moe.data.packing import PackedRow, StepTotals, collate, count_targets
 from agri_moe.models.causal import CausalModel, start_rows
+from agri_moe.models.checkpoint_files import load_config
 from agri_moe.models.distill import DistillModule
-from agri_moe.models.source import StudentConfig, check_vocabulary, load_config, untrained_markers
+from agri_moe.models.source import StudentConfig, check_vocabulary, untrained_markers
 from agri_moe.models.upcycle import UpcycleSpec, load_upcycled
 from agri_moe.objective import CKA, KL, Balance, CrossEntropy, Objective, RouterZ
 from agri_moe.teacher import OnlineTeacher, TeacherConfig

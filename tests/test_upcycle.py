@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,9 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from agri_moe.models import checkpoint_files
 from agri_moe.models import upcycle as module
+from agri_moe.models.checkpoint_files import stored_tensors
 from agri_moe.models.upcycle import (
     UpcycleSpec,
     count_parameters,
@@ -32,33 +36,21 @@ from agri_moe.models.upcycle import (
     is_moe,
     load_upcycled,
     moe_config,
-    stored_tensors,
     upcycle,
     upcycled_tensors,
     write_moe_config,
 )
 
 TINY: dict[str, Any] = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 12,  # not hidden_size / heads, as in Qwen3-0.6B
-    "max_position_embeddings": 128,
-    "bos_token_id": 3,
-    "eos_token_id": 5,
-    "pad_token_id": 7,
-}
+    "max_position_embeddings": 128, "bos_token_id": 3, "eos_token_id": 5, "pad_token_id": 7,
+}  # fmt: skip
 LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 50000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
+    "rope_type": "llama3", "rope_theta": 50000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
-}
+}  # fmt: skip
 CONFIGS: dict[str, PreTrainedConfig] = {
     "qwen3-tied": Qwen3Config(
         **TINY, tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 1e6}
@@ -97,6 +89,16 @@ def logits(model: Any) -> torch.Tensor:
 
 def load(folder: Path, **kwargs: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def assert_same_tensors(left: Any, right: Any) -> None:
+    left, right = dict(left), dict(right)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
 
 
 def assert_same_folder(left: Path, right: Path) -> None:
@@ -283,12 +285,8 @@ def test_in_memory_equals_on_disk_bit_for_bit(tmp_path: Path, name: str, dtype: 
     assert quick.dtype == stored.dtype == dtype
     assert not quick.training
     assert (quick.lm_head.weight is quick.model.embed_tokens.weight) == quick.config.tie_word_embeddings
-    left, right = stored.state_dict(), quick.state_dict()
-    assert left.keys() == right.keys()
-    assert all(torch.equal(left[key], right[key]) for key in left)
-    left, right = dict(stored.named_buffers()), dict(quick.named_buffers())
-    assert left.keys() == right.keys()
-    assert all(torch.equal(left[key], right[key]) for key in left)
+    assert_same_tensors(stored.state_dict(), quick.state_dict())
+    assert_same_tensors(stored.named_buffers(), quick.named_buffers())
     assert torch.equal(logits(stored), logits(quick))
     same = [stored.config.to_dict(), quick.config.to_dict()]
     for values in same:
@@ -311,12 +309,13 @@ def test_names_are_those_that_save_pretrained_writes(tmp_path: Path, name: str, 
     load(tmp_path / "moe").save_pretrained(tmp_path / "again")
     theirs = stored_tensors(tmp_path / "again")
     assert {key: tensor.shape for key, tensor in ours.items()} == {key: t.shape for key, t in theirs.items()}
-    assert {key: tensor.shape for key, tensor in ours.items()} == expected_tensors(load(tmp_path / "moe").config)
+    expected = expected_tensors(load(tmp_path / "moe").config)
+    assert {key: tensor.shape for key, tensor in ours.items()} == {key: t.shape for key, t in expected.items()}
     assert gate in ours
     assert ("lm_head.weight" in ours) == (not CONFIGS[name].tie_word_embeddings)
     assert {tensor.dtype for tensor in ours.values()} == {"BF16"}
     # Read by the safetensors library, not by our reader: the same values under the same names.
-    index = json.loads((tmp_path / "moe" / "model.safetensors.index.json").read_text())
+    index = read_json(tmp_path / "moe" / "model.safetensors.index.json")
     for shard in set(index["weight_map"].values()):
         for key, tensor in load_file(tmp_path / "moe" / shard).items():
             assert index["weight_map"][key] == shard
@@ -325,29 +324,22 @@ def test_names_are_those_that_save_pretrained_writes(tmp_path: Path, name: str, 
 
 def test_config_has_what_readers_look_for(dense: Path, tmp_path: Path) -> None:
     upcycle(dense, tmp_path / "moe", UpcycleSpec(8, 4, granularity=2))
-    values = json.loads((tmp_path / "moe" / "config.json").read_text())
-    assert values["num_experts"] == values["num_local_experts"] == 8
-    assert values["num_experts_per_tok"] == 4
-    assert values["norm_topk_prob"] is True
-    assert values["moe_intermediate_size"] == 24
-    assert values["intermediate_size"] == 48
-    assert values["head_dim"] == 12
-    assert (values["bos_token_id"], values["eos_token_id"], values["pad_token_id"]) == (3, 5, 7)
-    assert values["rope_parameters"] == {"rope_type": "default", "rope_theta": 1e6}
-    assert values["rope_theta"] == 1e6
-    assert values["dtype"] == values["torch_dtype"] == "float32"
-    assert (values["decoder_sparse_step"], values["mlp_only_layers"], values["max_window_layers"]) == (
-        1,
-        [],
-        2,
-    )
-    assert values["model_type"] == "qwen3_moe"
-    assert values["architectures"] == ["Qwen3MoeForCausalLM"]
+    values = read_json(tmp_path / "moe" / "config.json")
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    expected = {
+        "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"],
+        "num_experts": 8, "num_local_experts": 8, "num_experts_per_tok": 4, "norm_topk_prob": True,
+        "moe_intermediate_size": 24, "intermediate_size": 48, "head_dim": 12,
+        "bos_token_id": 3, "eos_token_id": 5, "pad_token_id": 7,
+        "rope_parameters": rope, "rope_theta": 1e6, "dtype": "float32", "torch_dtype": "float32",
+        "decoder_sparse_step": 1, "mlp_only_layers": [], "max_window_layers": 2,
+        "use_sliding_window": False, "sliding_window": None,
+    }  # fmt: skip
+    assert {key: values[key] for key in expected} == expected
     assert "layer_types" not in values
-    assert (values["use_sliding_window"], values["sliding_window"]) == (False, None)
     assert (tmp_path / "moe" / "tokenizer_config.json").read_text() == "{}\n"
     assert (tmp_path / "moe" / "generation_config.json").is_file()
-    record = json.loads((tmp_path / "moe" / "upcycle.json").read_text())
+    record = read_json(tmp_path / "moe" / "upcycle.json")
     assert record["spec"]["granularity"] == 2
     assert record["source"] == str(dense.resolve())
     assert record["source_config"]["model_type"] == "qwen3"
@@ -356,9 +348,9 @@ def test_config_has_what_readers_look_for(dense: Path, tmp_path: Path) -> None:
 def test_export_keeps_num_experts_only_with_the_patch(dense: Path, tmp_path: Path) -> None:
     student = load_upcycled(str(dense), EXACT, dtype=torch.float32)
     student.save_pretrained(tmp_path)
-    assert "num_experts" not in json.loads((tmp_path / "config.json").read_text())
+    assert "num_experts" not in read_json(tmp_path / "config.json")
     write_moe_config(tmp_path)
-    values = json.loads((tmp_path / "config.json").read_text())
+    values = read_json(tmp_path / "config.json")
     assert values["num_experts"] == values["num_local_experts"] == 4
     assert values["norm_topk_prob"] is True
     reloaded = load(tmp_path)
@@ -369,10 +361,10 @@ def test_export_keeps_num_experts_only_with_the_patch(dense: Path, tmp_path: Pat
 def test_patch_keeps_a_model_that_does_not_normalise(tmp_path: Path) -> None:
     Qwen3MoeConfig(norm_topk_prob=False).save_pretrained(tmp_path)
     write_moe_config(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["norm_topk_prob"] is False
+    assert read_json(tmp_path / "config.json")["norm_topk_prob"] is False
     MixtralConfig(rope_parameters=LLAMA3_ROPE).save_pretrained(tmp_path)
     write_moe_config(tmp_path)
-    values = json.loads((tmp_path / "config.json").read_text())
+    values = read_json(tmp_path / "config.json")
     assert values["norm_topk_prob"] is True
     assert values["rope_scaling"]["rope_type"] == "llama3"
     assert AutoConfig.from_pretrained(tmp_path).rope_parameters == LLAMA3_ROPE
@@ -389,17 +381,14 @@ def test_a_stored_copy_of_a_tied_head_and_old_buffers_are_left_out(dense: Path, 
     source.mkdir()
     save_file(weights, source / "model.safetensors", {"format": "pt"})
     (source / "config.json").write_bytes((dense / "config.json").read_bytes())
-    left, right = dict(upcycled_tensors(dense, EXACT)), dict(upcycled_tensors(source, EXACT))
-    assert left.keys() == right.keys()
+    assert_same_tensors(upcycled_tensors(dense, EXACT), upcycled_tensors(source, EXACT))
 
 
 def test_sharded_source_gives_the_same_bytes(dense: Path, tmp_path: Path) -> None:
     load(dense).save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
     spec = UpcycleSpec(4, 2)
-    left, right = dict(upcycled_tensors(dense, spec)), dict(upcycled_tensors(tmp_path / "sharded", spec))
-    assert left.keys() == right.keys()
-    assert all(torch.equal(left[key], right[key]) for key in left)
+    assert_same_tensors(upcycled_tensors(dense, spec), upcycled_tensors(tmp_path / "sharded", spec))
 
 
 def test_parameter_counts(dense: Path) -> None:
@@ -431,30 +420,31 @@ def test_same_seed_same_bytes_whatever_the_threads(
     assert not torch.equal(other[name], stored_tensors(tmp_path / "a")[name].read())
 
 
-@pytest.mark.parametrize("after", [0, 1, 30, 45])
+@pytest.mark.parametrize("after", [0, 1, 30, 43])
 def test_interrupted_and_run_again_ends_with_the_same_bytes(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
     spec = UpcycleSpec(4, 2)
     upcycle(dense, tmp_path / "whole", spec)
-    real, written = module._write_all, 0
+    real, written = module._pieces, 0
 
-    def failing(file: Any, data: bytes) -> None:
+    def failing(*args: Any, **kwargs: Any) -> Iterator[torch.Tensor]:
         nonlocal written
-        if written == after:
-            real(file, bytes(data)[: len(data) // 2])
-            raise KeyboardInterrupt
-        written += 1
-        real(file, data)
+        for piece in real(*args, **kwargs):
+            if written == after:
+                yield piece.view(-1)[: piece.numel() // 2]
+                raise KeyboardInterrupt
+            written += 1
+            yield piece
 
-    monkeypatch.setattr(module, "_write_all", failing)
-    with pytest.raises(KeyboardInterrupt):
-        upcycle(dense, tmp_path / "cut", spec)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_pieces", failing)
+        with pytest.raises(KeyboardInterrupt):
+            upcycle(dense, tmp_path / "cut", spec)
     assert not (tmp_path / "cut").exists()
     kept = sorted((tmp_path / "cut.partial").glob("*.safetensors"))
     stamps = [path.stat().st_mtime_ns for path in kept]
-    assert (len(kept) > 0) == (after >= 30)
-    monkeypatch.setattr(module, "_write_all", real)
+    assert (len(kept) > 0) == (after >= 1)  # the first shard is one piece
     upcycle(dense, tmp_path / "cut", spec)
     assert_same_folder(tmp_path / "whole", tmp_path / "cut")
     again = [(tmp_path / "cut" / path.name).stat().st_mtime_ns for path in kept]
@@ -466,11 +456,12 @@ def test_killed_process_is_continued(dense: Path, tmp_path: Path) -> None:
     script = (
         "import os, signal, sys\n"
         "from agri_moe.models import upcycle as m\n"
-        "real = m._write_shard\n"
+        "from agri_moe.models import checkpoint_files as files\n"
+        "real = files._write_shard\n"
         "def shard(path, *rest):\n"
         "    real(path, *rest)\n"
         "    if '00002' in path.name: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "m._write_shard = shard\n"
+        "files._write_shard = shard\n"
         "m.upcycle(sys.argv[1], sys.argv[2], m.UpcycleSpec(4, 2))\n"
     )
     command = [sys.executable, "-c", script, str(dense), str(tmp_path / "moe")]
@@ -481,25 +472,30 @@ def test_killed_process_is_continued(dense: Path, tmp_path: Path) -> None:
     assert_same_folder(tmp_path / "whole", tmp_path / "moe")
 
 
-def test_leftovers_of_another_spec_are_not_mixed_in(
-    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("changed", ["spec", "source"])
+def test_leftovers_of_another_run_are_not_mixed_in(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
 ) -> None:
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
+    source = Path(shutil.copytree(dense, tmp_path / "source"))
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_publish", stop)
+        patch.setattr(module, "write_moe_config", stop)
         with pytest.raises(KeyboardInterrupt):
-            upcycle(dense, tmp_path / "moe", UpcycleSpec(4, 2, seed=1))
-    upcycle(dense, tmp_path / "moe", UpcycleSpec(4, 2))
-    upcycle(dense, tmp_path / "whole", UpcycleSpec(4, 2))
+            upcycle(source, tmp_path / "moe", UpcycleSpec(4, 2, seed=1 if changed == "spec" else 0))
+    if changed == "source":
+        weights = {name: 2 * tensor for name, tensor in load_file(source / "model.safetensors").items()}
+        save_file(weights, source / "model.safetensors", {"format": "pt"})
+    upcycle(source, tmp_path / "moe", UpcycleSpec(4, 2))
+    upcycle(source, tmp_path / "whole", UpcycleSpec(4, 2))
     assert_same_folder(tmp_path / "whole", tmp_path / "moe")
 
 
 def test_two_writers_do_not_meet(dense: Path, tmp_path: Path) -> None:
     (tmp_path / "moe.partial").mkdir()
     with (
-        module._locked(tmp_path / "moe.partial", tmp_path / "moe"),
+        checkpoint_files._locked(tmp_path / "moe.partial"),
         pytest.raises(ValueError, match="another run"),
     ):
         upcycle(dense, tmp_path / "moe", EXACT)
@@ -512,7 +508,7 @@ def test_an_existing_output_is_refused_or_replaced_at_the_end(dense: Path, tmp_p
         upcycle(dense, tmp_path / "moe", UpcycleSpec(8, 2))
     assert (tmp_path / "moe" / "config.json").read_bytes() == before
     upcycle(dense, tmp_path / "moe", UpcycleSpec(8, 2), overwrite=True)
-    assert json.loads((tmp_path / "moe" / "config.json").read_text())["num_experts"] == 8
+    assert read_json(tmp_path / "moe" / "config.json")["num_experts"] == 8
     assert [path.name for path in tmp_path.iterdir()] == ["moe"]
 
 
@@ -533,10 +529,7 @@ def test_overwrite_replaces_no_folder_of_another_kind(dense: Path, tmp_path: Pat
     ("values", "message"),
     [
         ({"num_experts": 0}, "num_experts is 0"),
-        (
-            {"num_experts": 4, "num_experts_per_tok": 5},
-            "num_experts_per_tok is 5: it must be at most num_experts, 4",
-        ),
+        ({"num_experts": 4, "num_experts_per_tok": 5}, "num_experts_per_tok is 5: it must be at most num_experts, 4"),
         ({"jitter": -0.1}, "jitter is -0.1"),
         ({"jitter": float("nan")}, "jitter is nan"),
         ({"drop_ratio": 1.5}, "drop_ratio is 1.5"),
@@ -556,10 +549,8 @@ def test_a_spec_that_cannot_be_names_its_key(values: dict[str, Any], message: st
     [
         (LlamaConfig(**TINY, attention_bias=True), "attention_bias of the source"),
         (LlamaConfig(**TINY, mlp_bias=True), "mlp_bias of the source"),
-        (
-            Qwen3Config(**TINY, use_sliding_window=True, sliding_window=6, max_window_layers=1),
-            "covers 1 of 2 layers",
-        ),
+        (Qwen3Config(**TINY, use_sliding_window=True, sliding_window=6, max_window_layers=1), "covers 1 of 2 layers"),
+        (LlamaConfig(**TINY, quantization_config={"quant_method": "fp8"}), "quantized"),
         (Qwen3MoeConfig(), "already a mixture"),
         (PreTrainedConfig(), "upcycling knows qwen3, llama, mistral"),
     ],
@@ -640,7 +631,7 @@ def test_a_source_that_does_not_exist(tmp_path: Path, monkeypatch: pytest.Monkey
     def refuse(name: str, **_: Any) -> str:
         raise OSError(f"no route to the repository {name}")
 
-    monkeypatch.setattr(module, "snapshot_download", refuse)
+    monkeypatch.setattr(checkpoint_files, "snapshot_download", refuse)
     with pytest.raises(ValueError, match="someone/something is neither a folder nor a Hugging Face repository"):
         upcycle("someone/something", tmp_path / "moe", EXACT)
 
@@ -655,7 +646,7 @@ def test_a_hub_name_fetches_safetensors_and_no_code(
         asked.extend(allow_patterns)
         return str(dense)
 
-    monkeypatch.setattr(module, "snapshot_download", snapshot)
+    monkeypatch.setattr(checkpoint_files, "snapshot_download", snapshot)
     upcycle("Qwen/Qwen3-0.6B", tmp_path / "moe", EXACT)
     assert asked[0] == "config.json"  # before any weight
     for name in ("pytorch_model.bin", "modeling_qwen3.py", "consolidated.safetensors"):
@@ -665,7 +656,7 @@ def test_a_hub_name_fetches_safetensors_and_no_code(
     with pytest.raises(ValueError, match="granularity is 5"):  # before any weight too
         upcycle("Qwen/Qwen3-0.6B", tmp_path / "never", UpcycleSpec(10, 5, granularity=5))
     assert asked == ["config.json"]
-    assert json.loads((tmp_path / "moe" / "upcycle.json").read_text())["source"] == "Qwen/Qwen3-0.6B"
+    assert read_json(tmp_path / "moe" / "upcycle.json")["source"] == "Qwen/Qwen3-0.6B"
 
 
 def test_the_command_writes_and_says_what_is_next(dense: Path, tmp_path: Path, capsys: Any) -> None:

@@ -68,6 +68,11 @@ class Checkpoint(ModelCheckpoint):
             save_on_train_epoch_end=False,
         )
 
+    def _save_checkpoint(self, trainer: lightning.Trainer, filepath: str) -> None:
+        super()._save_checkpoint(trainer, filepath)
+        if trainer.is_global_zero and Path(filepath).is_dir():
+            mark_complete(Path(filepath))  # sharded: the strategy wrote it, past AtomicCheckpointIO
+
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Save the last step too, whatever the interval."""
         super().on_train_end(trainer, pl_module)

@@ -10,32 +10,27 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from agri_moe.models.upcycle import (
+from agri_moe.models.checkpoint_files import (
+    CONFIG,
     DTYPES,
-    MOE_ROWS,
     PROVENANCE,
-    Part,
     StoredTensor,
-    UpcycleSpec,
-    count_parameters,
-    expected_tensors,
-    is_moe,
+    checkpoint_folder,
     load_config,
     read_json,
-    source_folder,
     stored_tensors,
 )
+from agri_moe.models.upcycle import MOE_ROWS, Target, UpcycleSpec, count_parameters, expected_tensors, is_moe
 
 # Both models are computed in float32 from the stored weights, so at jitter 0 only the order of additions
 # differs: 1e-6 of the logits' standard deviation in two layers, 1e-5 in 28 (random weights, 0.6B shape).
@@ -43,7 +38,6 @@ TOLERANCE = 1e-3
 # down_proj x G is exact in bf16 and f16 when G is a power of two; otherwise every weight is rounded once
 # more, by up to 2^-9 of itself in bf16, which 28 layers add up to a few hundredths.
 TOLERANCE_ROUNDED = 0.1
-_EXPERT_PARTS: tuple[Part, ...] = ("gate", "up", "down")
 PROBE_ROWS, PROBE_TOKENS = 2, 32
 
 
@@ -92,83 +86,90 @@ def audit(student: str | Path, source: str | Path | None = None) -> AuditReport:
     Raises:
         ValueError: When `student` or `source` is no checkpoint, or `student` no mixture of a known family.
     """
-    folder = source_folder(student)
-    config = load_config(folder)
+    folder = checkpoint_folder(student)
+    config = load_config(folder, "student")
     if not is_moe(config) or config.model_type not in MOE_ROWS:
         raise ValueError(f"{folder} holds a {config.model_type} model: audit reads {' and '.join(MOE_ROWS)}.")
     origin = read_json(folder / PROVENANCE) if (folder / PROVENANCE).is_file() else {}
     spec = UpcycleSpec(**origin["spec"]) if "spec" in origin else None
     dense = _find_source(source, origin)
     report = AuditReport(str(student))
+    _describe(report, config, origin.get("spec", {}))
+    try:
+        tensors = stored_tensors(folder)
+    except ValueError as error:
+        report.failures.append(str(error))
+        return report
+    expected = expected_tensors(config)
+    sound = _check_names(report, config, expected, tensors, origin.get("dtypes", []))
+    identical = _check_values(report, expected, sound, spec.granularity if spec else 1)
+    if report.failures:
+        report.facts["logits"] = "not computed: the weights failed"
+        return report
+    _check_logits(report, folder, config, dense, _tolerance(config, spec, identical))
+    if dense is None and origin:
+        report.warnings.append(f"the source {origin.get('source')} is not there: logits were not compared; give it.")
+    return report
 
+
+def _find_source(source: str | Path | None, origin: Mapping[str, Any]) -> Path | None:
+    if source is not None:
+        folder = checkpoint_folder(source)
+        if is_moe(load_config(folder, "source")):
+            raise ValueError(f"{source} is a mixture of experts: source is the dense model it came from.")
+        return folder
+    # A hub name in upcycle.json is not fetched: an audit that was not asked to should not download gigabytes.
+    recorded = Path(str(origin.get("source", "")))
+    return recorded if origin and (recorded / CONFIG).is_file() else None
+
+
+def _describe(report: AuditReport, config: PreTrainedConfig, spec: Mapping[str, Any]) -> None:
     total, active = count_parameters(config)
-    report.facts["model"] = f"{config.architectures[0] if config.architectures else config.model_type}"
+    report.facts["model"] = config.architectures[0] if config.architectures else config.model_type
     report.facts["layers"] = str(config.num_hidden_layers)
     report.facts["experts"] = f"{config.num_local_experts}, {config.num_experts_per_tok} per token"
     report.facts["parameters"] = f"{total:,} in all, {active:,} active per token"
     if spec:
-        report.facts["upcycled with"] = ", ".join(f"{key} {value}" for key, value in origin["spec"].items())
+        report.facts["upcycled with"] = ", ".join(f"{key} {value}" for key, value in spec.items())
     if config.model_type == "qwen3_moe" and not config.norm_topk_prob:
         report.warnings.append(
             "norm_topk_prob is false: the weights of the chosen experts do not add up to 1, so copies of an "
             "FFN do not give its output; set it to true in config.json."
         )
 
-    try:
-        tensors = stored_tensors(folder)
-    except ValueError as error:
-        report.failures.append(str(error))
-        return report
-    sound = _check_names(report, config, tensors, origin.get("dtypes", []))
-    identical = _check_values(report, config, tensors, sound, spec.granularity if spec else 1)
-    if report.failures:
-        report.facts["logits"] = "not computed: the weights failed"
-        return report
-    _check_logits(report, folder, config, dense, spec, identical)
-    if source is None and dense is None and origin:
-        report.warnings.append(f"the source {origin.get('source')} is not there: logits were not compared; give it.")
-    return report
-
-
-def _find_source(source: str | Path | None, origin: dict[str, Any]) -> Path | None:
-    if source is not None:
-        folder = source_folder(source)
-        if is_moe(load_config(folder)):
-            raise ValueError(f"{source} is a mixture of experts: source is the dense model it came from.")
-        return folder
-    # A hub name in upcycle.json is not fetched: an audit that was not asked to should not download gigabytes.
-    recorded = Path(str(origin.get("source", "")))
-    return recorded if origin and (recorded / "config.json").is_file() else None
-
 
 # ---- the stored weights
 
 
 def _check_names(
-    report: AuditReport, config: PreTrainedConfig, tensors: dict[str, StoredTensor], dtypes: list[str]
+    report: AuditReport,
+    config: PreTrainedConfig,
+    expected: Mapping[str, Target],
+    tensors: Mapping[str, StoredTensor],
+    dtypes: list[str],
 ) -> dict[str, StoredTensor]:
     """Compare names, shapes and dtypes with the stock model; return the tensors that can be read."""
-    expected = expected_tensors(config)
-    allowed = {name for name, dtype in DTYPES.items() if dtype == config.dtype} | set(dtypes)
     counts = Counter(tensor.dtype for tensor in tensors.values()).most_common()
-    allowed = allowed or {counts[0][0]}
     report.facts["dtype"] = ", ".join(f"{dtype} ({_count(count, 'tensor')})" for dtype, count in counts)
-    extra = set(tensors) - set(expected) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
+    allowed = {name for name, dtype in DTYPES.items() if dtype == config.dtype} | set(dtypes) or {counts[0][0]}
+    extra = tensors.keys() - expected.keys() - ({"lm_head.weight"} if config.tie_word_embeddings else set())
     _fail(report, "missing", "is missing", expected.keys() - tensors.keys())
     _fail(report, "unexpected", f"is no tensor of {config.model_type}", extra)
-    sound = {name: tensors[name] for name in expected if name in tensors}
-    for name, tensor in sound.items():
-        if tensor.shape != expected[name]:
-            report.failures.append(
-                f"{name} has shape {list(tensor.shape)}: the config asks for {list(expected[name])}."
-            )
+    sound: dict[str, StoredTensor] = {}
     wrong: dict[str, list[str]] = defaultdict(list)
-    for name, tensor in sound.items():
+    for name, tensor in tensors.items():
+        if name not in expected:
+            continue
+        shape = expected[name].shape
         if tensor.dtype not in allowed or tensor.dtype not in DTYPES:
             wrong[tensor.dtype].append(name)
+        if tensor.shape != shape:
+            report.failures.append(f"{name} has shape {list(tensor.shape)}: the config asks for {list(shape)}.")
+        elif tensor.dtype in DTYPES:
+            sound[name] = tensor
     for dtype, names in wrong.items():
         _fail(report, dtype, f"is stored as {dtype}: the config says {', '.join(sorted(allowed))}", names)
-    return {name: tensor for name, tensor in sound.items() if tensor.shape == expected[name] and tensor.dtype in DTYPES}
+    return sound
 
 
 def _fail(report: AuditReport, kind: str, what: str, names: Iterable[str]) -> None:
@@ -179,66 +180,60 @@ def _fail(report: AuditReport, kind: str, what: str, names: Iterable[str]) -> No
 
 
 def _check_values(
-    report: AuditReport,
-    config: PreTrainedConfig,
-    tensors: dict[str, StoredTensor],
-    sound: dict[str, StoredTensor],
-    granularity: int,
+    report: AuditReport, expected: Mapping[str, Target], sound: Mapping[str, StoredTensor], granularity: int
 ) -> bool:
     """Read every weight once: non-finite values, twins among the experts, idle routers, distances.
 
     Returns:
         Whether all copies of every FFN are identical.
     """
-    rows = {row.part: row.moe for row in MOE_ROWS[config.model_type]}
-    experts = range(config.num_local_experts)
-    layers = [
-        [[rows[part].format(l=layer, e=expert) for expert in experts] for part in _EXPERT_PARTS]
-        for layer in range(config.num_hidden_layers)
-    ]
-    grouped = {name for parts in layers for part in parts for name in part}
-    total = sum(tensor.end - tensor.begin for tensor in sound.values())
-    distances: list[float] = []
-    twins: dict[str, list[int]] = defaultdict(list)
+    layers: dict[int, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for name, target in expected.items():
+        if target.expert >= 0:
+            layers[target.layer][target.part].append(name)
+    compared: dict[int, Experts] = {}
     tied: list[int] = []
-    all_identical = True
+    total = sum(tensor.size for tensor in sound.values())
     with tqdm(total=total, desc="audit weights", unit="B", unit_scale=True) as progress:
 
         def read(name: str) -> Tensor:
             tensor = sound[name].read()
             _check_finite(report, name, tensor)
-            progress.update(sound[name].end - sound[name].begin)
+            progress.update(sound[name].size)
             return tensor
 
-        for name in sound.keys() - grouped:
-            weight = read(name)
-            layer = _layer_of(name, rows["router"])
-            if layer is not None and _router_is_tied(weight, granularity):
-                tied.append(layer)
-        for layer, names in enumerate(layers):
-            readable = [name for part in names for name in part if name in sound]
-            if len(readable) < len(names) * len(experts):
-                for name in readable:
+        for name, target in expected.items():
+            if name in sound and target.expert < 0:
+                weight = read(name)
+                if target.part == "router" and _router_is_tied(weight, granularity):
+                    tied.append(target.layer)
+        for layer, parts in layers.items():
+            names = [name for part in parts.values() for name in part]
+            if sound.keys() >= set(names):
+                compared[layer] = _compare_experts(list(parts.values()), read, granularity)
+            else:
+                for name in filter(sound.__contains__, names):
                     read(name)
-                continue
-            distance, distinct, copies = _compare_experts(names, read, granularity)
-            distances.append(distance)
-            all_identical &= distinct == 1
-            if distinct < copies:
-                twins[_describe_twins(distinct, copies, granularity)].append(layer)
-    for text, where in sorted(twins.items()):
-        report.warnings.append(f"{_layers(where)}: {text}")
+    _describe_symmetry(report, compared, tied, granularity)
+    return bool(compared) and all(experts.distinct == 1 for experts in compared.values())
+
+
+def _describe_symmetry(report: AuditReport, compared: Mapping[int, Experts], tied: list[int], granularity: int) -> None:
+    twins: dict[str, list[int]] = defaultdict(list)
+    for layer, experts in compared.items():
+        if experts.distinct < experts.copies:
+            twins[_describe_twins(experts, granularity)].append(layer)
+    report.warnings += [f"{_layers(where)}: {text}" for text, where in sorted(twins.items())]
     if tied:
         report.warnings.append(
             f"{_layers(sorted(tied))}: the router's rows are equal: every token ties, the same experts are "
             "chosen for all and the others stay idle; set router_std above 0."
         )
-    if distances:
+    if distances := [experts.distance for experts in compared.values()]:
         low, mean, high = min(distances), sum(distances) / len(distances), max(distances)
         report.facts["experts apart"] = (
             f"min {low:.4g}, mean {mean:.4g}, max {high:.4g} of a weight's norm, over layers"
         )
-    return bool(distances) and all_identical
 
 
 def _check_finite(report: AuditReport, name: str, tensor: Tensor) -> None:
@@ -249,28 +244,26 @@ def _check_finite(report: AuditReport, name: str, tensor: Tensor) -> None:
         report.failures.append(f"{name} holds {_count(count, 'value')} not finite (NaN or infinite).")
 
 
-def _layer_of(name: str, pattern: str) -> int | None:
-    head, tail = pattern.split("{l}")
-    middle = name.removeprefix(head).removesuffix(tail)
-    return int(middle) if name == head + middle + tail and middle.isdigit() else None
-
-
 def _router_is_tied(weight_ED: Tensor, granularity: int) -> bool:
     rows = weight_ED[::granularity]  # slices of one copy share a row on purpose
     return len(rows) > 1 and bool((rows == rows[0]).all())
 
 
-def _compare_experts(names: list[list[str]], read: Callable[[str], Tensor], granularity: int) -> tuple[float, int, int]:
-    """How the experts of one layer differ, slice by slice (the slices of one FFN differ by nature).
+class Experts(NamedTuple):
+    """How the experts of one layer differ."""
+
+    distance: float  # root mean square distance of two experts over their norm: sqrt 2 times the jitter
+    distinct: int
+    copies: int
+
+
+def _compare_experts(names: list[list[str]], read: Callable[[str], Tensor], granularity: int) -> Experts:
+    """Compare slice by slice (the slices of one FFN differ by nature): expert e is slice e % G of copy e // G.
 
     Args:
         names: For gate, up and down, the names of all experts' tensors.
         read: Gives the tensor of a name.
-        granularity: Slices per copy of the FFN; expert e is slice e % G of copy e // G.
-
-    Returns:
-        The root mean square distance of two experts over their root mean square norm (jitter j: j sqrt 2),
-        how many copies of the FFN are distinct, and how many there are.
+        granularity: Slices per copy of the FFN.
     """
     copies = len(names[0]) // granularity
     twins: list[list[int]] = [[] for _ in range(copies)]  # per copy and tensor: the first copy that equals it
@@ -289,10 +282,11 @@ def _compare_experts(names: list[list[str]], read: Callable[[str], Tensor], gran
                 norm += float(torch.linalg.vector_norm(weight, dtype=torch.float32)) ** 2
     # The mean over pairs of |a - b|^2 is 2 / (copies - 1) times the sum over experts of |a - mean|^2.
     distance = math.sqrt(2 * spread / (copies - 1) / (norm / copies)) if copies > 1 and norm > 0 else 0.0
-    return distance, len({tuple(firsts) for firsts in twins}), copies
+    return Experts(distance, len({tuple(firsts) for firsts in twins}), copies)
 
 
-def _describe_twins(distinct: int, copies: int, granularity: int) -> str:
+def _describe_twins(experts: Experts, granularity: int) -> str:
+    _, distinct, copies = experts
     what = "experts" if granularity == 1 else "copies of the FFN"
     remedy = "use jitter, drop_ratio or a balance term."
     if distinct == 1:
@@ -306,20 +300,24 @@ def _describe_twins(distinct: int, copies: int, granularity: int) -> str:
 # ---- logits
 
 
+def _tolerance(config: PreTrainedConfig, spec: UpcycleSpec | None, identical: bool) -> float | None:
+    """How far the logits may be from the source's, over their standard deviation; None where they must differ."""
+    # Without upcycle.json, identical experts say the same: they are copies of one FFN.
+    exact = spec.jitter == 0 and spec.drop_ratio == 0 if spec else identical
+    if not exact:
+        return None
+    power_of_two = spec is None or spec.granularity.bit_count() == 1
+    return TOLERANCE if power_of_two or config.dtype == torch.float32 else TOLERANCE_ROUNDED
+
+
 def _check_logits(
-    report: AuditReport,
-    folder: Path,
-    config: PreTrainedConfig,
-    dense: Path | None,
-    spec: UpcycleSpec | None,
-    identical: bool,
+    report: AuditReport, folder: Path, config: PreTrainedConfig, dense: Path | None, tolerance: float | None
 ) -> None:
     """Run the student, and the source if there is one, on seeded random ids, one at a time."""
-    generator = torch.Generator().manual_seed(0)
     vocabulary = config.vocab_size
     if dense is not None:
-        vocabulary = min(vocabulary, load_config(dense).vocab_size)
-    ids_BT = torch.randint(vocabulary, (PROBE_ROWS, PROBE_TOKENS), generator=generator)
+        vocabulary = min(vocabulary, load_config(dense, "source").vocab_size)
+    ids_BT = torch.randint(vocabulary, (PROBE_ROWS, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
     logits_NV, routes = _run(folder, ids_BT)
     if not bool(torch.isfinite(logits_NV).all()):
         report.failures.append("the logits on random token ids are not all finite.")
@@ -331,10 +329,12 @@ def _check_logits(
             f"{_count(sum(map(len, idle.values())), 'expert')} chosen by none of {ids_BT.numel()} random "
             "tokens: they may stay idle; watch the router's balance in training."
         )
-    if dense is None:
-        return
-    source_NV, _ = _run(dense, ids_BT)
-    logits_NV, source_NV = logits_NV[:, :vocabulary], source_NV[:, :vocabulary]
+    if dense is not None:
+        source_NV, _ = _run(dense, ids_BT)
+        _compare_logits(report, logits_NV[:, :vocabulary], source_NV[:, :vocabulary], tolerance)
+
+
+def _compare_logits(report: AuditReport, logits_NV: Tensor, source_NV: Tensor, tolerance: float | None) -> None:
     largest = float((logits_NV - source_NV).abs().max())
     relative = largest / max(float(source_NV.std()), 1e-30)
     agree = float((logits_NV.argmax(-1) == source_NV.argmax(-1)).float().mean())
@@ -342,12 +342,7 @@ def _check_logits(
         f"largest difference from the source {largest:.3g} ({relative:.2g} of their standard deviation), "
         f"KL {_kl(source_NV, logits_NV):.3g} nats, same first choice {agree:.1%}"
     )
-    # Without upcycle.json, identical experts say the same: they are copies of one FFN.
-    exact = spec.jitter == 0 and spec.drop_ratio == 0 if spec else identical
-    granularity = spec.granularity if spec else 1
-    rounded = config.dtype != torch.float32 and granularity & (granularity - 1) != 0
-    tolerance = TOLERANCE_ROUNDED if rounded else TOLERANCE
-    if exact and not relative <= tolerance:
+    if tolerance is not None and not relative <= tolerance:
         report.failures.append(
             f"the logits differ from the source by {relative:.2g} of their standard deviation: with neither "
             f"jitter nor drop they should agree within {tolerance:g}."
@@ -357,38 +352,30 @@ def _check_logits(
 def _run(folder: Path, ids_BT: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Logits [N, V] of a checkpoint in float32 on the CPU, and each layer's router logits [N, E]."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False).eval()
+    _compute_in_float32(model)
     routing = {"output_router_logits": True} if is_moe(model.config) else {}
-    with torch.inference_mode(), _computing_in_float32(model):
+    with torch.inference_mode():
         output = model(input_ids=ids_BT, use_cache=False, **routing)
     return output.logits.float().flatten(0, 1), list(getattr(output, "router_logits", None) or [])
 
 
-@contextmanager
-def _computing_in_float32(model: PreTrainedModel) -> Iterator[None]:
+def _compute_in_float32(model: PreTrainedModel) -> None:
     """Compute in float32 whatever the stored dtype, with only one layer's weights in float32 at a time.
 
     In bf16 the weights of the chosen experts add up to 1 within 2^-8 only: rounding would hide faults.
     """
-    stored: dict[nn.Parameter, Tensor] = {}
+    stored = model.dtype
 
     def widen(module: nn.Module, _: Any) -> None:
-        for parameter in module.parameters():
-            stored[parameter] = parameter.data
-            parameter.data = parameter.data.float()
+        module.float()
 
     def restore(module: nn.Module, _: Any, __: Any) -> None:
-        for parameter in module.parameters():
-            parameter.data = stored.pop(parameter)
+        module.to(stored)  # exact: every value came from that dtype
 
     backbone = model.base_model
-    units = (backbone.embed_tokens, *backbone.layers, backbone.norm, model.get_output_embeddings())
-    handles = [handle for unit in units for handle in
-               (unit.register_forward_pre_hook(widen), unit.register_forward_hook(restore))]  # fmt: skip
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    for unit in (backbone.embed_tokens, *backbone.layers, backbone.norm, model.get_output_embeddings()):
+        unit.register_forward_pre_hook(widen)
+        unit.register_forward_hook(restore)
 
 
 def _idle(router_NE: Tensor, top_k: int) -> list[int]:

@@ -16,6 +16,7 @@ import lightning
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric, MetricCollection
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -23,7 +24,7 @@ from agri_moe.data.chat import Chat, Segment
 from agri_moe.generation import generate
 from agri_moe.losses import Routing, routing, token_statistics
 from agri_moe.metrics import RoutingStatistics, SegmentLoss, TeacherAgreement, balanced_perplexity
-from agri_moe.models.causal import CausalModel
+from agri_moe.models.causal import CausalModel, shard
 from agri_moe.models.source import ModelConfig, check_vocabulary
 from agri_moe.objective import Batch, Objective, Term
 from agri_moe.teacher import TeacherSignal
@@ -116,6 +117,8 @@ class LanguageModule(lightning.LightningModule, ABC):
 
     def setup(self, stage: str) -> None:
         """Check once more where the module is used without the command line."""
+        if str(self.trainer.precision).startswith("16"):
+            raise ValueError("trainer.precision: float16 is not supported; use bf16-mixed, bf16-true or 32-true.")
         if not hasattr(self, "model"):
             self.check(self.chat)
 
@@ -137,6 +140,9 @@ class LanguageModule(lightning.LightningModule, ABC):
         scales = self.learning_rate_scales([name for name, _ in hf.named_parameters()])
         for name, parameter in hf.named_parameters():
             parameter.requires_grad_(scales[name] > 0)
+        if self.device_mesh is not None:
+            precision = str(self.trainer.precision)
+            shard(self.model, self.device_mesh["data_parallel"], torch.bfloat16 if "bf16" in precision else None)
         self.val_loss = SegmentLoss({name: Segment[name.upper()] for name in self.objective.ce.segments})
         self.val_teacher = TeacherAgreement()
         self.val_terms = MetricCollection(
@@ -279,6 +285,26 @@ class LanguageModule(lightning.LightningModule, ABC):
         self.log_dict({f"train/{n}": v for n, v in zip(self._step_terms, values, strict=True)}, prog_bar=True)
         self.log("train/learning_rate", self.learning_rate_now())
         self._step_terms.clear()
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip, and log the norm before clipping.
+
+        Not left to Lightning, which refuses to clip for a fused AdamW under any mixed precision: true of float16, whose
+        gradients are still scaled here (and which `setup` refuses), but not of bfloat16.
+        """
+        if not gradient_clip_val:
+            return
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+            return
+        norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+        self.log("train/gradient_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def learning_rate_now(self) -> float:
         """Learning rate of the first group, without its multiplier."""

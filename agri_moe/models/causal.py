@@ -12,6 +12,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 from transformers import PreTrainedModel
 
 R = TypeVar("R")
@@ -106,6 +109,25 @@ def capture(modules: Sequence[nn.Module]) -> Iterator[list[Any]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def shard(model: CausalModel, mesh: DeviceMesh, dtype: torch.dtype | None) -> None:
+    """Shard over a mesh with FSDP2: each layer by itself, then the rest with the head, whose forward holds the loss.
+
+    Args:
+        model: Changed in place; its parameters become shards.
+        mesh: One-dimensional.
+        dtype: Type in which parameters are gathered and used; None keeps their own. Gradients are reduced in float32.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+
+    def placement(parameter: nn.Parameter) -> Shard:
+        # Fused experts [E, 2F, D]: there are fewer experts than ranks on large jobs, and empty shards on the rest.
+        return Shard(1 if parameter.ndim == 3 else 0)
+
+    for layer in model.hf.model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
 def start_rows(model: PreTrainedModel, pieces: dict[int, list[int]]) -> None:

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 from agri_moe.data.chat import Chat
 from agri_moe.models.base import LanguageModule
 from agri_moe.models.causal import CausalModel, start_rows
-from agri_moe.models.source import StudentConfig, check_vocabulary, load_config, untrained_markers
+from agri_moe.models.checkpoint_files import load_config
+from agri_moe.models.source import StudentConfig, check_vocabulary, untrained_markers
 from agri_moe.objective import Batch, layer_map
 from agri_moe.teacher import OnlineTeacher, TeacherConfig
 

@@ -20,20 +20,8 @@ from transformers.utils import cached_file
 
 from agri_moe.data.chat import Chat
 from agri_moe.models.causal import start_rows
+from agri_moe.models.checkpoint_files import load_config
 from agri_moe.models.upcycle import UpcycleSpec, is_moe, load_upcycled, moe_config
-
-
-def load_config(source: str, key: str) -> PreTrainedConfig:
-    """The Hugging Face config of a folder or hub name.
-
-    Raises:
-        ValueError: One sentence naming `key` if there is none.
-    """
-    try:
-        return AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise ValueError(f"{key}: {source} is no folder or hub name with a model in it ({reason}).") from error
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase | None:

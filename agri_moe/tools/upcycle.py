@@ -37,11 +37,12 @@ def upcycle(
     """
     from pathlib import Path
 
-    from agri_moe.models.upcycle import UpcycleSpec, count_parameters, load_config
+    from agri_moe.models.checkpoint_files import load_config
+    from agri_moe.models.upcycle import UpcycleSpec, count_parameters
     from agri_moe.models.upcycle import upcycle as write_upcycled
 
     spec = UpcycleSpec(num_experts, num_experts_per_tok, jitter, drop_ratio, granularity, router_std, seed)
     write_upcycled(source, output, spec, overwrite=overwrite)
-    total, active = count_parameters(load_config(Path(output).expanduser()))
+    total, active = count_parameters(load_config(Path(output).expanduser(), "output"))
     print(f"{output}: {total:,} parameters, {active:,} of them active per token.")
     print(f"Next: python main.py audit --student {output}")

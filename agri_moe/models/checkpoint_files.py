@@ -1,0 +1,275 @@
+"""Checkpoint folders: found, read tensor by tensor, written shard by shard. What a tensor means is not known here.
+
+Reading is the safetensors library's. Writing is not: `save_file` wants a whole shard in memory, and each of its
+tensors in memory of its own, where a jitter of 0 makes one tensor serve all experts.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import AutoConfig, PreTrainedConfig
+
+from agri_moe.runs import replace_text
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+PROVENANCE = "upcycle.json"
+# Everything of a checkpoint that is neither weights nor config: the tokenizer and how to generate.
+COMPANIONS = (
+    "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
+    "spiece.model", "generation_config.json",
+)  # fmt: skip
+# "model*": some repositories hold the same weights twice (consolidated.safetensors).
+CHECKPOINT = (CONFIG, "model*.safetensors", INDEX, *COMPANIONS)
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a safetensors header says of a tensor."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class StoredTensor(TensorInfo):
+    """A tensor in a file. Each read opens the file: mapped pages count as memory until the mapping is gone."""
+
+    path: Path
+
+    def read(self) -> Tensor:
+        """The tensor, mapped from the file."""
+        with safe_open(self.path, "pt") as file:
+            return file.get_tensor(self.name)
+
+    def pieces(self, size: int = 1 << 23) -> Iterator[Tensor]:
+        """The tensor in runs of rows, about `size` bytes each: an embedding can be larger than a layer."""
+        rows = max(1, size * self.shape[0] // self.size)
+        for start in range(0, self.shape[0], rows):
+            with safe_open(self.path, "pt") as file:
+                yield file.get_slice(self.name)[start : start + rows]
+
+
+T = TypeVar("T", bound=TensorInfo)
+
+
+# ---- reading
+
+
+def checkpoint_folder(source: str | Path, patterns: Sequence[str] = CHECKPOINT) -> Path:
+    """The local folder of a checkpoint: the folder itself, or the snapshot of a Hugging Face name.
+
+    Args:
+        source: Folder or Hugging Face name.
+        patterns: Files to fetch from the hub; by default weights, config and tokenizer, and no code.
+
+    Raises:
+        ValueError: When there is neither such a folder nor such a repository within reach, or it has no config.
+    """
+    path, name = Path(source).expanduser(), str(source)
+    if path.is_file():
+        raise ValueError(f"{name} is a file: give the folder of a checkpoint or a Hugging Face name.")
+    if not path.is_dir():
+        if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+            raise ValueError(
+                f"{name} does not exist: give a checkpoint folder or a Hugging Face name (Qwen/Qwen3-0.6B)."
+            )
+        try:
+            path = Path(snapshot_download(name, allow_patterns=list(patterns)))
+        except (OSError, HFValidationError) as error:
+            raise ValueError(
+                f"{name} is neither a folder nor a Hugging Face repository within reach ({_first_line(error)})."
+            ) from error
+    read_json(path / CONFIG)
+    return path
+
+
+def load_config(source: str | Path, key: str) -> PreTrainedConfig:
+    """The Hugging Face config of a folder or hub name; no code of the checkpoint is run.
+
+    Raises:
+        ValueError: One sentence naming `key`, the setting that gave `source`, if there is none.
+    """
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        raise ValueError(
+            f"{key}: {source} is no folder or hub name with a model in it ({_first_line(error)})."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object of a JSON file; a ValueError names the file that is missing or damaged."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: the folder is not a Hugging Face checkpoint.")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no JSON object.")
+    return values
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a safetensors checkpoint, by name, from the headers alone.
+
+    Raises:
+        ValueError: When there are no safetensors, or a file is missing or damaged.
+    """
+    if (folder / INDEX).is_file():
+        files = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
+    elif (folder / "model.safetensors").is_file():
+        files = ["model.safetensors"]
+    else:
+        pickled = next(folder.glob("pytorch_model*.bin*"), None)
+        reason = f"only {pickled.name}, whose format can run code" if pickled else "no weights"
+        raise ValueError(f"{folder} holds {reason}: give a checkpoint saved as safetensors.")
+    return {tensor.name: tensor for file in files for tensor in _header(folder / file)}
+
+
+def _header(path: Path) -> list[StoredTensor]:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: the index names it, so the checkpoint is incomplete.")
+    try:
+        with safe_open(path, "pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            return [StoredTensor(name, s.get_dtype(), tuple(s.get_shape()), path) for name, s in slices.items()]
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no complete safetensors file: it is damaged or still being written.") from error
+
+
+# ---- writing
+
+
+def refuse_output(output: Path, overwrite: bool) -> None:
+    """Raise ValueError if a checkpoint must not be written to `output`."""
+    if not output.exists():
+        return
+    if not overwrite:
+        raise ValueError(f"{output} exists: give another output folder, or overwrite to replace it.")
+    if not output.is_dir() or (any(output.iterdir()) and not (output / CONFIG).is_file()):
+        raise ValueError(f"{output} is no model folder (no config.json): overwrite replaces model folders only.")
+
+
+@contextmanager
+def new_checkpoint(output: Path, provenance: Mapping[str, Any], *, overwrite: bool) -> Iterator[Path]:
+    """Give `OUTPUT.partial` to be filled; it becomes `output` at the end of the block, or stays after an error.
+
+    Args:
+        output: The folder to be.
+        provenance: What the checkpoint is made from. A folder left by an interrupted run of the same provenance
+            is continued, any other is emptied first.
+        overwrite: Replace `output`, once the new folder is complete.
+
+    Raises:
+        ValueError: When `output` exists, or another run is writing it.
+    """
+    building = output.with_name(output.name + ".partial")
+    with _locked(building):
+        refuse_output(output, overwrite)
+        text = json.dumps(provenance, indent=2, sort_keys=True) + "\n"
+        path = building / PROVENANCE
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            shutil.rmtree(building, ignore_errors=True)
+            building.mkdir()
+            replace_text(path, text)
+        yield building
+        replaced = output.with_name(output.name + ".replaced")
+        if output.exists():
+            shutil.rmtree(replaced, ignore_errors=True)  # left by a run that was killed right here
+            output.rename(replaced)
+        building.rename(output)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextmanager
+def _locked(building: Path) -> Iterator[None]:
+    # Beside the folder and not in it: the folder is renamed. The system drops the lock of a killed process.
+    path = building.with_name(building.name + ".lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"{building} is being written by another run: wait for it, or give another output."
+            ) from error
+        yield
+        path.unlink()
+
+
+def write_weights(folder: Path, shards: Sequence[Sequence[T]], make: Callable[[Sequence[T]], Iterable[Tensor]]) -> None:
+    """Write one safetensors file per shard, and the index; files that are complete are kept.
+
+    Args:
+        folder: Where to.
+        shards: Per file, the tensors in the order of writing.
+        make: Gives a shard's tensors in that order, whole or in pieces, as they are asked for.
+    """
+    total = sum(tensor.size for shard in shards for tensor in shard)
+    weight_map: dict[str, str] = {}
+    with tqdm(total=total, desc=f"write {folder.stem}", unit="B", unit_scale=True) as progress:
+        for number, shard in enumerate(shards, 1):
+            path = folder / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            _write_shard(path, shard, make, progress)
+            weight_map |= {tensor.name: path.name for tensor in shard}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    replace_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
+
+
+def _write_shard(
+    path: Path, shard: Sequence[T], make: Callable[[Sequence[T]], Iterable[Tensor]], progress: tqdm[Any]
+) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in shard:
+        begin, end = end, end + tensor.size
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)  # the format asks for data aligned to 8 bytes
+    if path.is_file() and path.stat().st_size == 8 + len(head) + end:
+        progress.update(end)
+        return  # written by an interrupted run: the name is given only after the last byte is on disk
+    unfinished = path.with_name(path.name + ".partial")
+    with unfinished.open("wb") as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        for piece in make(shard):
+            progress.update(file.write(piece.contiguous().view(-1).view(torch.uint8).numpy().data))
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy tokenizer and generation config."""
+    for path in (path for pattern in COMPANIONS for path in source.glob(pattern) if path.is_file()):
+        shutil.copyfile(path, target / path.name)
