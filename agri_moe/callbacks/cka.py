@@ -3,6 +3,7 @@
 Shapes: S sampled positions, D width, L layers.
 """
 
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -65,7 +66,7 @@ class CKAMonitor(lightning.Callback):
         matrix = self._matrix.compute().cpu().numpy()
         self._matrix.reset()
         log_figure(trainer, "cka", draw_cka(matrix))
-        _save(trainer, matrix)
+        _save(run_folder(trainer) / "cka", matrix, trainer.global_step)
 
 
 @torch.no_grad()
@@ -75,10 +76,9 @@ def residual_streams(model: CausalModel, batch: dict[str, torch.Tensor]) -> list
 
 
 @rank_zero_only
-def _save(trainer: lightning.Trainer, matrix: np.ndarray) -> None:
-    folder = run_folder(trainer) / "cka"
+def _save(folder: Path, matrix: np.ndarray, step: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    np.savez(folder / f"step={trainer.global_step:08d}.npz", cka=matrix, step=trainer.global_step)
+    np.savez(folder / f"step={step:08d}.npz", cka=matrix, step=step)
 
 
 def draw_cka(matrix: np.ndarray) -> Figure:

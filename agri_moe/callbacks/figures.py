@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 
 def run_folder(trainer: lightning.Trainer) -> Path:
-    """The folder of this run, the same on every rank."""
+    """The folder of this run. To be asked for on every rank: the first one tells the others."""
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 

@@ -1,5 +1,6 @@
 """What the model writes, at every validation, as text."""
 
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -32,10 +33,10 @@ class SampleAdvisories(lightning.Callback):
         if pl_module.device_mesh is not None:
             rank_zero_warn("SampleAdvisories does not generate from a sharded model.")
             return
-        self._log(trainer, pl_module)
+        self._log(trainer, pl_module, run_folder(trainer) / "samples")
 
     @rank_zero_only
-    def _log(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def _log(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, folder: Path) -> None:
         assert isinstance(pl_module, LanguageModule)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(data, ChatDataModule):
@@ -55,6 +56,5 @@ class SampleAdvisories(lightning.Callback):
         ]
         text = "\n---\n\n".join(parts)
         log_text(trainer, "advisories", text)
-        folder = run_folder(trainer) / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"step={trainer.global_step:08d}.md").write_text(text, encoding="utf-8")

@@ -364,13 +364,16 @@ def _compute_in_float32(model: PreTrainedModel) -> None:
 
     In bf16 the weights of the chosen experts add up to 1 within 2^-8 only: rounding would hide faults.
     """
-    stored = model.dtype
+    stored: dict[nn.Parameter, Tensor] = {}
 
     def widen(module: nn.Module, _: Any) -> None:
-        module.float()
+        for parameter in module.parameters():
+            stored[parameter] = parameter.data
+            parameter.data = parameter.data.float()
 
     def restore(module: nn.Module, _: Any, __: Any) -> None:
-        module.to(stored)  # exact: every value came from that dtype
+        for parameter in module.parameters():
+            parameter.data = stored.pop(parameter)
 
     backbone = model.base_model
     for unit in (backbone.embed_tokens, *backbone.layers, backbone.norm, model.get_output_embeddings()):
