@@ -94,11 +94,11 @@ def one_sentence(message: str, error: BaseException | None, args: Sequence[str] 
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
     keys = [match[1] for line in lines if (match := re.search(r"key \"([^\"]+)\"", line))]
     telling = [line for line in lines if line and not line.startswith(UNTELLING)][:3]
-    if not telling or not keys:
+    if not keys:
         return ", or ".join(dict.fromkeys(telling)) or message
     key = next((arg.split("=")[0] for arg in args if keys[-1] in arg.split("=")[0]), keys[-1])
     value = next((line for line in lines if line.startswith("Given value: ")), "")
-    return f"{key}: {', or '.join(dict.fromkeys(telling))}. {value}".strip()
+    return f"{key}: {', or '.join(dict.fromkeys(telling)) or 'this value does not fit'}. {value}".strip()
 
 
 # Lines of jsonargparse's reports that say nothing to the person who wrote the config.

@@ -1,6 +1,6 @@
 """Upcycling and distillation on real rows, with Qwen3's real tokenizer and vocabulary of 151,936.
 
-    python benchmarks/real_rows.py [--steps 60] [--seeds 2]
+    python benchmarks/real_rows.py [--steps 40] [--seeds 2]
 
 Rows: plant diseases, soil (English) and XQuAD (Hindi), from the folder named by AGRI_MOE_DATA. Trains a small Qwen3
 teacher and a smaller dense one from random weights, upcycles the dense one, distils, and prints validation loss per
@@ -92,8 +92,8 @@ def fit(path: Path, folder: Path, name: str) -> float:
 
 def score(path: Path, source: Path) -> dict[str, Any]:
     """Validation of a model folder, against the teacher."""
-    student = [f"--model.student.source={source}", "--model.student.upcycle=null"]
-    cli = main(["validate", "--config", str(path), "--ckpt_path", "source", *student])
+    student = f"--model.student={{source: {source}, upcycle: null}}"
+    cli = main(["validate", "--config", str(path), "--ckpt_path", "source", student])
     assert cli is not None
     metrics = cli.trainer.callback_metrics
     values = {name: float(metrics[f"val/{name}"]) for name in COLUMNS if f"val/{name}" in metrics}
@@ -139,7 +139,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def run() -> None:
     """Parse, run, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=60, help="optimizer steps of each of the three trainings")
+    parser.add_argument("--steps", type=int, default=40, help="optimizer steps of each of the three trainings")
     parser.add_argument("--seeds", type=int, default=2)
     args = parser.parse_args()
     if not DATA.is_dir():

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from agri_moe.cli import main
+from agri_moe.data.chat import render_scenario
 from agri_moe.data.synthetic import NOTICE, score
 from agri_moe.models.base import parameter_counts
 
@@ -60,14 +61,8 @@ def measure(name: str) -> Result:
     folder, answers = OUTPUT / name, OUTPUT / f"answers_{name}.parquet"
     cli = step(
         f"Validate {name}",
-        "validate",
-        "--config",
-        "configs/demo/distilled.yaml",
-        "--ckpt_path",
-        "source",
-        f"--model.student.source={folder}",
-        "--model.student.upcycle=null",
-        "--trainer.callbacks=[]",
+        *("validate", "--config", "configs/demo/distilled.yaml", "--ckpt_path", "source"),
+        *(f"--model.student={{source: {folder}, upcycle: null}}", "--trainer.callbacks=[]"),
     )
     step(
         f"Let {name} answer",
@@ -149,7 +144,8 @@ def report(results: list[Result]) -> None:
 def show_answers(count: int = 5) -> None:
     """Print some scenarios with the distilled student's answers."""
     for row in pq.read_table(OUTPUT / "answers_distilled.parquet").to_pylist()[:count]:
-        print(f"\nस्थिति: {row['scenario']}\nविचार: {row['generated_thought']}\nसलाह: {row['generated_advisory']}")
+        scenario = render_scenario(row["scenario"]).replace("\n", "; ")
+        print(f"\nस्थिति: {scenario}\nविचार: {row['generated_thought']}\nसलाह: {row['generated_advisory']}")
 
 
 def demo() -> None:
