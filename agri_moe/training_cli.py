@@ -116,7 +116,9 @@ class TrainingCLI(LightningCLI):
         if self.settings["trainer"]["fast_dev_run"]:
             return
         if self.trainer.world_size > 1 and not self._launches_ranks():
-            self.trainer.strategy.setup_environment()  # ranks were started from outside: they must agree
+            # Ranks that were started from outside must agree on a folder, so they have to meet before `fit` would.
+            self.trainer.strategy.connect(self.model)
+            self.trainer.strategy.setup_environment()
         choice: tuple[str, str | None] | None = None
         lock = None
         if self.trainer.is_global_zero:

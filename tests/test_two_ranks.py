@@ -14,7 +14,10 @@ from tests.test_cli import scalars
 ROOT = Path(__file__).parents[1]
 STRATEGIES = {
     "ddp": "ddp",
-    "sharded": {"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"},
+    "sharded": {
+        "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
+        "init_args": {"data_parallel_size": 2, "tensor_parallel_size": 1},
+    },
 }
 
 

@@ -119,6 +119,12 @@ class LanguageModule(lightning.LightningModule, ABC):
         """Check once more where the module is used without the command line."""
         if str(self.trainer.precision).startswith("16"):
             raise ValueError("trainer.precision: float16 is not supported; use bf16-mixed, bf16-true or 32-true.")
+        if self.device_mesh is not None and self.device_mesh["tensor_parallel"].size() > 1:
+            # Lightning's default takes the GPUs of a node for tensor parallelism: they would drift apart in silence.
+            raise ValueError(
+                "trainer.strategy: ModelParallelStrategy shards the data only; give it "
+                f"init_args {{data_parallel_size: {self.trainer.world_size}, tensor_parallel_size: 1}}."
+            )
         if not hasattr(self, "model"):
             self.check(self.chat)
 
