@@ -218,6 +218,12 @@ def test_the_main_job(undisturbed, distill_config, tmp_path, capsys, monkeypatch
     assert len(logged["router_entropy/layer_01"]) == len(logged["expert_balance/layer_00"]) == 6
     assert len(logged["throughput/tokens_per_second"]) == 6
     assert logged["train/ce"][-1][1] < logged["train/ce"][0][1]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run))
+    events.Reload()
+    assert set(events.Tags()["images"]) == {"cka", "expert_load"}
+    assert events.Tags()["tensors"] == ["advisories/text_summary"]
     matrix = np.load(run / "cka" / "step=00000006.npz")["cka"]
     assert matrix.shape == (2, 4)
     assert "reference" in (run / "samples" / "step=00000006.md").read_text()
@@ -267,6 +273,39 @@ def test_the_main_job(undisturbed, distill_config, tmp_path, capsys, monkeypatch
     table = pq.read_table("out.parquet")
     assert table.num_rows == 24
     assert set(table["stop_reason"].to_pylist()) <= {"end", "length"}
+
+
+def test_pretraining_on_plain_text(distill_config, corpus, tmp_path, capsys):
+    """The other module and the other data module, through the same command."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(pq.read_table(corpus / "train.parquet")["advisory"].to_pylist()), encoding="utf-8")
+    config = yaml.safe_load(distill_config.read_text())
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config["model"] = {
+        "class_path": "PretrainModule",
+        "init_args": {
+            "network": {"config": {"model_type": "qwen3"} | shape | heads},
+            "learning_rate": 0.01,
+            "optimizer": {"warmup_steps": 1},
+        },
+    }
+    options = {"train": str(text), "tokenizer": str(corpus / "tokenizer"), "block_size": 64, "tokens_per_batch": 512}
+    config["data"] = {"class_path": "agri_moe.data.text_data.TextDataModule", "init_args": options}
+    path = tmp_path / "pretrain.yaml"
+    path.write_text(yaml.safe_dump(config, allow_unicode=True))
+    assert "only DistillModule has" in refused(capsys, "fit", "--config", path)
+    config["trainer"]["callbacks"] = [config["trainer"]["callbacks"][3]]
+    path.write_text(yaml.safe_dump(config, allow_unicode=True))
+    assert "only ChatDataModule has" in refused(capsys, "fit", "--config", path)
+    config["trainer"]["callbacks"] = []
+    path.write_text(yaml.safe_dump(config, allow_unicode=True))
+    main(["fit", "--config", str(path)])
+    newest = max((tmp_path / "lightning_logs").iterdir(), key=lambda p: int(p.name.split("_")[1]))
+    logged = scalars(newest)
+    assert logged["train/ce"][-1][1] < logged["train/ce"][0][1]
+    assert "val/loss_assistant" in logged
+    assert "train/kl" not in logged
 
 
 def test_a_finished_run_is_left_alone_and_another_config_never_resumed(undisturbed, distill_config):

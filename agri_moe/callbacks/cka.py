@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from agri_moe.callbacks.figures import log_figure, run_folder
 from agri_moe.metrics import CKAMatrix
@@ -87,5 +88,7 @@ def draw_cka(matrix: np.ndarray) -> Figure:
     axes = figure.subplots()
     image = axes.imshow(matrix, origin="lower", cmap="magma", vmin=0, vmax=1, aspect="auto")
     axes.set(xlabel="teacher layer", ylabel="student layer", title="debiased linear CKA")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(image, ax=axes)
     return figure

@@ -26,6 +26,13 @@ class SampleAdvisories(lightning.Callback):
         self.rows = rows
         self.max_new_tokens = max_new_tokens
 
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Refuse rows that hold no scenarios."""
+        if not isinstance(trainer.datamodule, ChatDataModule):  # type: ignore[attr-defined]
+            raise ValueError(
+                "SampleAdvisories needs scenarios, which only ChatDataModule has; take it out of trainer.callbacks."
+            )
+
     def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Generate on the first rank; a sharded model is left out, since generation would need every rank."""
         if trainer.sanity_checking:
@@ -39,10 +46,6 @@ class SampleAdvisories(lightning.Callback):
     def _log(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, folder: Path) -> None:
         assert isinstance(pl_module, LanguageModule)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        if not isinstance(data, ChatDataModule):
-            raise ValueError(
-                "SampleAdvisories needs scenarios, which only ChatDataModule has; take it out of trainer.callbacks."
-            )
         table = data.rows("validation").table
         rows = [table[i] for i in range(min(self.rows, len(table)))]
         prompts = [data.chat.encode_prompt(row["scenario"], row.get("system")) for row in rows]
