@@ -96,6 +96,7 @@ def one_sentence(message: str, error: BaseException | None, args: Sequence[str] 
     telling = [line for line in lines if line and not line.startswith(UNTELLING)][:3]
     if not keys:
         return ", or ".join(dict.fromkeys(telling)) or message
+    telling = telling or [line for line in lines if line.startswith("Expected a path")]
     key = next((arg.split("=")[0] for arg in args if keys[-1] in arg.split("=")[0]), keys[-1])
     value = next((line for line in lines if line.startswith("Given value: ")), "")
     return f"{key}: {', or '.join(dict.fromkeys(telling)) or 'this value does not fit'}. {value}".strip()
