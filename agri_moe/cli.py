@@ -91,12 +91,12 @@ def one_sentence(message: str, error: BaseException | None, args: Sequence[str] 
     """
     if (cause := our_cause(error)) is not None:
         return str(cause)
+    message = re.sub(r"(key \"[^\"]+\":) (?=\S)", r"\1\n", message)
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
     keys = [match[1] for line in lines if (match := re.search(r"key \"([^\"]+)\"", line))]
     telling = [line for line in lines if line and not line.startswith(UNTELLING)][:3]
     if not keys:
         return ", or ".join(dict.fromkeys(telling)) or message
-    telling = telling or [line for line in lines if line.startswith("Expected a path")]
     key = next((arg.split("=")[0] for arg in args if keys[-1] in arg.split("=")[0]), keys[-1])
     value = next((line for line in lines if line.startswith("Given value: ")), "")
     return f"{key}: {', or '.join(dict.fromkeys(telling)) or 'this value does not fit'}. {value}".strip()
