@@ -33,6 +33,8 @@ def load_trained(path: str, key: str) -> tuple[PreTrainedModel, Chat]:
 
 def load_checkpoint(path: Path, key: str) -> tuple[PreTrainedModel, Chat]:
     """Model and chat from a checkpoint; the tokenizer lies in the run's folder beside it."""
+    if path.is_dir():
+        raise ValueError(f"{key}: {path} is a sharded checkpoint, which export and generate do not read.")
     if not path.is_file():
         raise ValueError(f"{key}: {path} does not exist.")
     if problem := damage(path):
