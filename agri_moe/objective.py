@@ -2,7 +2,7 @@
 
     L = w_ce CE + w_kl T^2 KL(teacher || student) + w_cka mean_l (1 - CKA_l) + w_bal BAL + w_z Z
 
-The maths of every term lives in `losses.py`; this file chooses positions, weights and divisors.
+The maths of every term lives in `losses/`; this file chooses positions, weights and divisors.
 
 Shapes: B batch, T sequence, N supervised positions of a micro-batch (the M that carry KL stand first), S sampled
 positions, D model width, V vocabulary, E experts, L layers.

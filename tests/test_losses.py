@@ -1,4 +1,4 @@
-"""losses.py against independent references: torch's dense losses in float64, transformers, published CKA."""
+"""losses against independent references: torch's dense losses in float64, transformers, published CKA."""
 
 import json
 import os
