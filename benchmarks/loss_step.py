@@ -1,8 +1,8 @@
 """Time and memory of one distillation loss step, against the same matrix products alone.
 
-    python benchmarks/loss_step.py [--tokens 512] [--chunk_sizes 64 128 256] [--repeats 5]
+    python benchmarks/loss_step.py [--tokens 512] [--chunk_sizes 64 128 256] [--divergences forward jsd] [--repeats 5]
 
-A step is forward and backward of `fused_ce_kl` (CE and KL at temperature 2) with the gradients of hidden
+A step is forward and backward of `fused_ce_kl` (CE and a divergence at temperature 2) with the gradients of hidden
 states and head, in float32. The products are its four: student logits, teacher logits, and two for the
 gradient. They are timed twice: over all rows at once, which is the fastest they go and holds [N, V] logits,
 and by chunks of the same size as the step's. The variants take turns: a noisy machine hurts all.
@@ -18,11 +18,12 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from agri_moe.losses import CHUNK_SIZE, fused_ce_kl
+from agri_moe.losses import CHUNK_SIZE, Divergence, fused_ce_kl
 
 Step = Callable[[], None]
 
@@ -42,7 +43,7 @@ class Problem:
         """Drop the gradients of the last step."""
         self.hidden_ND.grad = self.head_VD.grad = None
 
-    def fused(self, chunk_size: int) -> None:
+    def fused(self, chunk_size: int, divergence: Divergence) -> None:
         """One loss step, forward and backward."""
         loss = fused_ce_kl(
             self.hidden_ND,
@@ -53,6 +54,7 @@ class Problem:
             ce_scale=1.0,
             kl_scale=1.0,
             temperature=2.0,
+            divergence=divergence,
             chunk_size=chunk_size,
         ).loss
         loss.backward()
@@ -110,6 +112,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--teacher_width", type=int, default=2048)
     parser.add_argument("--chunk_sizes", type=int, nargs="+", default=[CHUNK_SIZE])
+    parser.add_argument("--divergences", nargs="+", choices=get_args(Divergence), default=["forward"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
@@ -119,7 +122,8 @@ def main() -> None:
     steps: dict[str, Step] = {whole: partial(problem.products, arguments.tokens)}
     for chunk_size in arguments.chunk_sizes:
         steps[f"products, chunks of {chunk_size}"] = partial(problem.products, chunk_size)
-        steps[f"fused_ce_kl, chunks of {chunk_size}"] = partial(problem.fused, chunk_size)
+        for divergence in arguments.divergences:
+            steps[f"{divergence}, chunks of {chunk_size}"] = partial(problem.fused, chunk_size, divergence)
 
     results: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     for repeat in range(arguments.repeats + 1):

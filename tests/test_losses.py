@@ -1,10 +1,7 @@
-"""losses against independent references: torch's dense losses in float64, transformers, published CKA."""
+"""fused_ce_kl and token_statistics against torch's dense losses in float64."""
 
-import json
-import os
-from pathlib import Path
+import math
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,18 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from agri_moe.losses import (
-    LogitLoss,
-    balance_loss,
-    cka_matrix,
-    fused_ce_kl,
-    linear_cka,
-    minibatch_hsic,
-    routing,
-    token_statistics,
-)
+from agri_moe.losses import LogitLoss, fused_ce_kl, token_statistics
 
-DATA = Path(os.environ.get("AGRI_MOE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+DIVERGENCES = [("forward", 0.5), ("reverse", 0.5), ("jsd", 0.1), ("jsd", 0.5), ("jsd", 0.9)]
 
 
 class Case:
@@ -52,21 +40,46 @@ class Case:
         return torch.autograd.grad(loss, (self.hidden, self.head))
 
 
-def dense(case: Case, ce_scale, kl_scale=0.0, temperature=1.0, label_smoothing=0.0) -> LogitLoss:
+def dense(
+    case: Case,
+    ce_scale,
+    kl_scale=0.0,
+    temperature=1.0,
+    label_smoothing=0.0,
+    divergence="forward",
+    beta=0.5,
+    with_entropy=False,
+) -> LogitLoss:
     """The same by torch's own losses on full logits, in float64."""
     logits = case.hidden.double() @ case.head.double().T
-    ce_sum = F.cross_entropy(logits, case.targets, reduction="sum", label_smoothing=label_smoothing)
+    ce_N = F.cross_entropy(logits, case.targets, reduction="none", label_smoothing=label_smoothing)
     m, width = len(case.teacher_hidden), min(len(case.head), len(case.teacher_head))
     teacher = (case.teacher_hidden.double() @ case.teacher_head.double().T)[:, :width] / temperature
     student = logits[:m, :width] / temperature
-    kl = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True)
-    kl_sum = kl.sum() * temperature**2
-    return LogitLoss(ce_scale * ce_sum + kl_scale * kl_sum, ce_sum.detach(), kl_sum.detach())
+    qs, qt = student.softmax(-1), teacher.softmax(-1)
+
+    def kl(p, q):
+        return (torch.special.xlogy(p, p) - torch.special.xlogy(p, q)).sum()
+
+    mixture = beta * qt + (1 - beta) * qs
+    values = {
+        "forward": lambda: F.kl_div(student.log_softmax(-1), qt, reduction="sum"),
+        "reverse": lambda: kl(qs, qt),
+        "jsd": lambda: beta * kl(qt, mixture) + (1 - beta) * kl(qs, mixture),
+    }
+    kl_sum = values[divergence]() * temperature**2
+    entropy = torch.distributions.Categorical(logits=teacher * temperature).entropy().sum() if m else torch.zeros(())
+    loss = (ce_scale * ce_N).sum() + kl_scale * kl_sum
+    return LogitLoss(loss, ce_N.sum().detach(), kl_sum.detach(), entropy.detach() if with_entropy else None)
+
+
+def values_of(loss: LogitLoss) -> tuple[Tensor, ...]:
+    return tuple(value.double() for value in loss if value is not None)
 
 
 def assert_matches_dense(case: Case, chunk_size=128, **options) -> None:
     ours, reference = case.fused(chunk_size=chunk_size, **options), dense(case, **options)
-    torch.testing.assert_close(tuple(ours), tuple(reference))
+    torch.testing.assert_close(values_of(ours), values_of(reference))
     torch.testing.assert_close(case.gradients(ours.loss), case.gradients(reference.loss))
 
 
@@ -93,6 +106,150 @@ def test_kl_renormalises_over_the_shared_prefix(teacher_v, temperature):
     assert_matches_dense(Case(teacher_v=teacher_v), 4, **options)
 
 
+@pytest.mark.parametrize(("divergence", "beta"), DIVERGENCES)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("teacher_v", [17, 23, 31])
+def test_every_divergence_equals_its_dense_reference(divergence, beta, temperature, teacher_v):
+    options = {"divergence": divergence, "beta": beta, "temperature": temperature, "with_entropy": True}
+    assert_matches_dense(Case(teacher_v=teacher_v), 4, ce_scale=0.3, kl_scale=1.7, label_smoothing=0.1, **options)
+    assert_matches_dense(Case(m=0), 4, ce_scale=0.3, kl_scale=1.7, **options)
+
+
+@pytest.mark.parametrize(("divergence", "beta"), DIVERGENCES)
+def test_every_divergence_vanishes_for_equals_with_its_gradient(divergence, beta):
+    case = Case(teacher_d=5, dtype=torch.float32)
+    case.teacher_hidden, case.teacher_head = case.hidden[:7].detach(), case.head.detach()
+    for temperature in (1.0, 2.0):
+        ours = case.fused(ce_scale=0.0, kl_scale=1.0, temperature=temperature, divergence=divergence, beta=beta)
+        assert abs(ours.kl_sum) < 1e-6  # jsd: how log(beta) and log(1 - beta) are rounded
+        assert all(gradient.abs().max() < 1e-6 for gradient in case.gradients(ours.loss))
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
+def test_a_small_jensen_shannon_divergence_is_not_lost_in_rounding(beta):
+    case = Case(n=8, m=8, v=50_000, teacher_d=5, teacher_v=50_000, dtype=torch.float32)
+    case.teacher_hidden, case.teacher_head = (
+        case.hidden.detach() + 1e-3 * case.teacher_hidden[:, :5],
+        case.head.detach(),
+    )
+    options = {"ce_scale": 0.0, "kl_scale": 1.0, "divergence": "jsd", "beta": beta}
+    ours, expected = case.fused(**options).kl_sum, dense(case, **options).kl_sum
+    assert expected < 2e-5
+    torch.testing.assert_close(ours.double(), expected, rtol=0.05, atol=0)
+
+
+def single(logits: list[float]) -> tuple[Tensor, Tensor]:
+    """Hidden states and head [V, 1] of one row that has these logits."""
+    return torch.ones(1, 1, requires_grad=True), torch.tensor(logits)[:, None].requires_grad_()
+
+
+@pytest.mark.parametrize("scale", [1e2, 1e4])
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
+def test_extreme_disagreement_by_hand(scale, beta):
+    # Student and teacher are each certain, and of different tokens. The limits are then exact: both KLs are the gap
+    # between the two logits, 2 * scale, and jsd is the entropy of a coin that falls on the teacher with beta.
+    targets, (hidden, head), (_, teacher_head) = (
+        torch.tensor([0]),
+        single([scale, -scale, -scale]),
+        single([-scale, scale, -scale]),
+    )
+    entropy = -beta * math.log(beta) - (1 - beta) * math.log(1 - beta)
+    expected = {
+        "forward": (2 * scale, [1.0, -1.0, 0.0]),  # q_s - q_t
+        "reverse": (2 * scale, [0.0, 0.0, 0.0]),  # the student sees nothing but its own certainty
+        "jsd": (entropy, [0.0, 0.0, 0.0]),
+    }
+    for divergence, (value, gradient) in expected.items():
+        options = {"divergence": divergence, "beta": beta, "with_entropy": True}
+        ours = fused_ce_kl(hidden, head, targets, hidden, teacher_head, ce_scale=0.0, kl_scale=1.0, **options)
+        assert ours.kl_sum.item() == pytest.approx(value, rel=1e-5)
+        assert ours.entropy_sum == 0
+        torch.testing.assert_close(torch.autograd.grad(ours.loss, head)[0][:, 0], torch.tensor(gradient))
+
+
+@pytest.mark.parametrize(("divergence", "beta"), DIVERGENCES)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_extreme_logits_equal_a_float64_reference(divergence, beta, temperature):
+    torch.manual_seed(0)
+    student, teacher = (1e4 * (2 * torch.rand(6, 9) - 1) for _ in range(2))
+    student[0, :2] = torch.tensor([1e4, -1e4])
+    teacher[0, :2], teacher[1], teacher[2] = torch.tensor([-1e4, 1e4]), student[1], -student[2]
+    teacher[3:] = student[3:] + torch.randn(3, 9)
+    head = torch.eye(9)
+    student.requires_grad_()
+    options = {"temperature": temperature, "divergence": divergence, "beta": beta, "with_entropy": True}
+    ours = fused_ce_kl(student, head, torch.arange(6), teacher, head, ce_scale=1.0, kl_scale=1.0, **options)
+
+    s, t = (logits.double().div(temperature).log_softmax(-1) for logits in (student, teacher))
+    m = torch.stack([t + math.log(beta), s + math.log(1 - beta)]).logsumexp(0)
+    forward, reverse = (t.exp() * (t - s)).sum(), (s.exp() * (s - t)).sum()
+    jsd = beta * (t.exp() * (t - m)).sum() + (1 - beta) * (s.exp() * (s - m)).sum()
+    kl = temperature**2 * {"forward": forward, "reverse": reverse, "jsd": jsd}[divergence]
+    loss = F.cross_entropy(student.double(), torch.arange(6), reduction="sum") + kl
+    torch.testing.assert_close(ours.kl_sum.double(), kl.detach(), rtol=1e-5, atol=2e-3)  # a logit's rounding is 1e-3
+    gradients = [torch.autograd.grad(value, student)[0] for value in (ours.loss, loss)]
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=5e-3)
+    assert ours.entropy_sum.isfinite()
+
+
+@pytest.mark.parametrize(("divergence", "beta"), DIVERGENCES)
+def test_divergences_equal_torch_distributions(divergence, beta):
+    case = Case()
+    q_s = torch.distributions.Categorical(logits=(case.hidden @ case.head.T)[:7] / 2)
+    q_t = torch.distributions.Categorical(logits=case.teacher_hidden @ case.teacher_head.T / 2)
+    m = torch.distributions.Categorical(probs=beta * q_t.probs + (1 - beta) * q_s.probs)
+    divergence_of = torch.distributions.kl_divergence
+    expected = {
+        "forward": divergence_of(q_t, q_s),
+        "reverse": divergence_of(q_s, q_t),
+        "jsd": beta * divergence_of(q_t, m) + (1 - beta) * divergence_of(q_s, m),
+    }[divergence]
+    ours = case.fused(ce_scale=0.0, kl_scale=1.0, temperature=2.0, divergence=divergence, beta=beta, chunk_size=3)
+    torch.testing.assert_close(ours.kl_sum, 4 * expected.sum().detach())
+    torch.testing.assert_close(case.gradients(ours.loss), case.gradients(4 * expected.sum()))
+
+
+def test_jensen_shannon_lies_between_the_two_divergences():
+    """Over beta it tends to forward KL at 0, over 1 - beta to reverse KL at 1 (Agarwal et al. 2024, section 2)."""
+    case = Case()
+
+    def value(**options):
+        return case.fused(ce_scale=0.0, kl_scale=1.0, **options).kl_sum.item()
+
+    assert value(divergence="jsd", beta=1e-6) / 1e-6 == pytest.approx(value(), rel=1e-3)
+    assert value(divergence="jsd", beta=1 - 1e-6) / 1e-6 == pytest.approx(value(divergence="reverse"), rel=1e-3)
+
+
+@pytest.mark.parametrize("temperature", [1.0, torch.tensor(2.0)])
+@pytest.mark.parametrize("teacher_v", [17, 23])
+def test_entropy_is_the_teachers_at_temperature_one(temperature, teacher_v):
+    case = Case(teacher_v=teacher_v)
+    logits = case.teacher_hidden @ case.teacher_head.T
+    expected = torch.distributions.Categorical(logits=logits[:, : min(23, teacher_v)]).entropy().sum()
+    options = {"kl_scale": 0.0, "temperature": temperature, "chunk_size": 3}
+    torch.testing.assert_close(case.fused(ce_scale=0.0, with_entropy=True, **options).entropy_sum, expected)
+    assert case.fused(ce_scale=0.0, **options).entropy_sum is None
+    assert Case(m=0).fused(ce_scale=1.0, with_entropy=True).entropy_sum == 0
+    assert fused_ce_kl(*case.tensors[:3], ce_scale=1.0, with_entropy=True).entropy_sum == 0
+
+
+@pytest.mark.parametrize("chunk_size", [3, 64])
+def test_a_factor_for_each_row(chunk_size):
+    case = Case()
+    factors = torch.rand(len(case.hidden), generator=torch.Generator().manual_seed(1))
+    assert_matches_dense(case, chunk_size, ce_scale=factors.double(), kl_scale=0.5, label_smoothing=0.1)
+    assert_matches_dense(case, chunk_size, ce_scale=torch.zeros(len(case.hidden)).double())
+    with pytest.raises(ValueError, match="neither a number nor one for each row"):
+        case.fused(ce_scale=factors[:-1])
+
+
+def test_unknown_divergences_are_refused():
+    with pytest.raises(ValueError, match="forward, reverse, jsd"):
+        Case().fused(ce_scale=1.0, divergence="sideways")
+    with pytest.raises(ValueError, match="beta"):
+        Case().fused(ce_scale=1.0, divergence="jsd", beta=1.0)
+
+
 def test_every_tile_of_a_larger_vocabulary_counts():
     # More than two tiles of the CPU product, the last of them partial, on either side.
     assert_matches_dense(Case(v=2500, teacher_v=2100), 4, ce_scale=1.0, kl_scale=1.0, temperature=2.0)
@@ -113,24 +270,32 @@ def test_any_number_of_taught_rows_and_scales_of_zero(m, ce_scale, kl_scale):
     chunk_size=st.integers(1, 10),
     temperature=st.floats(0.25, 8),
     label_smoothing=st.floats(0, 1),
+    divergence=st.sampled_from(DIVERGENCES),
     seed=st.integers(0, 2**31),
 )
 @settings(max_examples=60, deadline=None)
-def test_fused_equals_dense_on_any_shape(n, taught, v, teacher_v, chunk_size, temperature, label_smoothing, seed):
+def test_fused_equals_dense_on_any_shape(
+    n, taught, v, teacher_v, chunk_size, temperature, label_smoothing, divergence, seed
+):
     case = Case(n=n, m=int(n * taught), v=v, teacher_v=teacher_v, seed=seed)
     options = {"temperature": temperature, "label_smoothing": label_smoothing}
+    options |= {"divergence": divergence[0], "beta": divergence[1]}
     assert_matches_dense(case, chunk_size, ce_scale=0.7, kl_scale=1.3, **options)
 
 
-def test_gradcheck():
+@pytest.mark.parametrize(("divergence", "beta"), DIVERGENCES)
+@pytest.mark.parametrize("by_row", [False, True])
+def test_gradcheck(divergence, beta, by_row):
     case = Case(n=5, m=3, d=3, v=7, teacher_v=6)
 
     def loss(hidden, head):
         options = {
-            "ce_scale": 0.5,
+            "ce_scale": torch.linspace(0, 1, 5) if by_row else 0.5,
             "kl_scale": 0.8,
             "temperature": 1.5,
             "label_smoothing": 0.1,
+            "divergence": divergence,
+            "beta": beta,
             "chunk_size": 2,
         }
         return fused_ce_kl(hidden, head, *case.tensors[2:], **options).loss
@@ -138,11 +303,14 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(loss, (case.hidden, case.head))
 
 
-def test_scales_and_temperature_may_be_tensors():
+@pytest.mark.parametrize(("divergence", "beta"), DIVERGENCES)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_scales_and_temperature_may_be_tensors(divergence, beta, temperature):
     case = Case()
-    floats = {"ce_scale": 0.3, "kl_scale": 1.7, "temperature": 2.0}
+    floats = {"ce_scale": 0.3, "kl_scale": 1.7, "temperature": temperature}
     tensors = {name: torch.tensor(value, requires_grad=True) for name, value in floats.items()}
-    ours, reference = case.fused(**tensors), dense(case, **floats)
+    options = {"divergence": divergence, "beta": beta, "with_entropy": True}
+    ours, reference = case.fused(**tensors, **options), dense(case, **floats, **options)
     torch.testing.assert_close(tuple(ours), tuple(reference), check_dtype=False, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(case.gradients(ours.loss), case.gradients(reference.loss), rtol=1e-6, atol=1e-6)
 
@@ -168,7 +336,12 @@ def test_temperature_squared_keeps_the_size_of_the_gradient():
 @pytest.mark.parametrize("upstream", [1.0, -2.5, 0.0])
 def test_upstream_gradient_and_second_backward(upstream):
     case = Case()
-    options = {"ce_scale": 1.0, "kl_scale": 1.0}
+    options = {
+        "ce_scale": torch.linspace(0, 1, 11).double(),
+        "kl_scale": 1.0,
+        "divergence": "jsd",
+        "with_entropy": True,
+    }
     expected = case.gradients(dense(case, **options).loss * upstream)
     loss = case.fused(**options, chunk_size=4).loss
     for _ in range(2):
@@ -218,12 +391,13 @@ def test_no_rows_give_a_zero_loss_with_a_graph(with_teacher):
     assert not case.head.grad.any()
 
 
-def test_float32_stays_close_to_float64():
+@pytest.mark.parametrize(("divergence", "beta"), DIVERGENCES)
+def test_float32_stays_close_to_float64(divergence, beta):
     case = Case(n=40, m=30, d=64, v=3000, teacher_d=96, teacher_v=3000, dtype=torch.float32)
-    ours = case.fused(ce_scale=0.1, kl_scale=0.1, temperature=2.0, chunk_size=16)
-    reference = dense(case, ce_scale=0.1, kl_scale=0.1, temperature=2.0)
+    options = {"ce_scale": 0.1, "kl_scale": 0.1, "temperature": 2.0, "divergence": divergence, "beta": beta}
+    ours, reference = case.fused(chunk_size=16, with_entropy=True, **options), dense(case, with_entropy=True, **options)
     assert all(value.dtype == torch.float32 for value in ours)
-    torch.testing.assert_close(tuple(v.double() for v in ours), tuple(reference), rtol=2e-6, atol=0)
+    torch.testing.assert_close(values_of(ours), values_of(reference), rtol=2e-6, atol=0)
     torch.testing.assert_close(case.gradients(ours.loss), case.gradients(reference.loss), rtol=1e-4, atol=1e-5)
 
 
@@ -237,7 +411,7 @@ def test_bf16_inputs_under_autocast(head_dtype):
         loss = ours.loss * 3.0
     gradients = case.gradients(loss)
     reference = dense(case, ce_scale=0.1, kl_scale=0.1, temperature=2.0)
-    torch.testing.assert_close(tuple(v.double() for v in ours), tuple(reference), rtol=1e-5, atol=0)
+    torch.testing.assert_close(values_of(ours), values_of(reference), rtol=1e-5, atol=0)
     assert [g.dtype for g in gradients] == [torch.bfloat16, head_dtype]
     for gradient, expected in zip(gradients, case.gradients(reference.loss * 3.0), strict=True):
         torch.testing.assert_close(gradient.double(), expected.double(), rtol=2**-7, atol=1e-4)
@@ -254,7 +428,7 @@ def test_bf16_products_on_cuda(head_dtype):
         ours = case.fused(ce_scale=0.1, kl_scale=0.1, temperature=2.0, chunk_size=10)
     reference = dense(case, ce_scale=0.1, kl_scale=0.1, temperature=2.0)
     # The operands are exact in bf16, so the logits are float32's; their gradient is rounded to bf16.
-    torch.testing.assert_close(tuple(v.double() for v in ours), tuple(reference), rtol=1e-5, atol=0)
+    torch.testing.assert_close(values_of(ours), values_of(reference), rtol=1e-5, atol=0)
     for gradient, expected in zip(case.gradients(ours.loss), case.gradients(reference.loss), strict=True):
         torch.testing.assert_close(gradient.double(), expected.double(), rtol=2**-6, atol=1e-3)
 
@@ -302,242 +476,3 @@ def test_token_statistics_without_teacher_or_rows():
     alone = token_statistics(*case.tensors[:3])
     assert [len(field) for field in alone] == [11, 0, 0, 0]
     assert [len(field) for field in token_statistics(*Case(n=0, m=0).tensors)] == [0, 0, 0, 0]
-
-
-# -------------------------------------------------------------------------------------------------- CKA
-
-
-def published_example() -> tuple[Tensor, Tensor]:
-    np.random.seed(1337)
-    x = np.random.randn(100, 10)
-    return torch.from_numpy(x), torch.from_numpy(np.random.randn(100, 10) + x)
-
-
-def naive_unbiased_hsic(x: Tensor, y: Tensor) -> Tensor:
-    """Song et al. 2012, eq. 5, letter by letter."""
-    n, k, l = len(x), x @ x.T, y @ y.T  # noqa: E741
-    k, l = k - torch.diag(k.diag()), l - torch.diag(l.diag())  # noqa: E741
-    one = torch.ones(n, dtype=x.dtype)
-    middle = (one @ k @ one) * (one @ l @ one) / ((n - 1) * (n - 2))
-    return ((k @ l).trace() + middle - 2 / (n - 2) * (one @ k @ l @ one)) / (n * (n - 3))
-
-
-@pytest.mark.parametrize(("debiased", "published"), [(False, 0.55761), (True, 0.51346)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_cka_published_oracle(debiased, published, dtype):
-    x, y = (t.to(dtype) for t in published_example())
-    wide = torch.cat([x, torch.zeros(100, 100, dtype=dtype)], 1)  # 100 <= 110 features: the Gram side
-    for features in (x, wide):
-        cka = linear_cka(features, y, debiased=debiased)
-        assert cka.dtype == dtype
-        assert cka.item() == pytest.approx(published, abs=6e-6)
-
-
-@pytest.mark.skipif(not (DATA / "cka").is_dir(), reason=f"no CKA fixture under {DATA} (set AGRI_MOE_DATA)")
-def test_cka_google_fixture():
-    arrays = np.load(DATA / "cka" / "cka_fixture.npz")
-    expected = json.loads((DATA / "cka" / "expected.json").read_text())["computed"]
-    x, y = torch.from_numpy(arrays["X"]), torch.from_numpy(arrays["Y"])
-    assert linear_cka(x, y, debiased=False).item() == pytest.approx(expected["linear_cka_features"], abs=1e-12)
-    assert linear_cka(x, y).item() == pytest.approx(expected["debiased_linear_cka"], abs=1e-12)
-
-
-@pytest.mark.parametrize(("n", "d", "e"), [(9, 4, 3), (9, 20, 3), (4, 8, 8), (30, 30, 5)])
-def test_hsic_equals_its_definition_and_cka_its_gradient(n, d, e):
-    torch.manual_seed(n)
-    x = torch.randn(n, d, dtype=torch.float64, requires_grad=True)
-    y = (torch.randn(n, e, dtype=torch.float64) + 5).requires_grad_()  # a mean, which HSIC must not see
-    hsic = minibatch_hsic([x], [y])
-    torch.testing.assert_close(hsic.cross_XY[0, 0], naive_unbiased_hsic(x, y))
-    torch.testing.assert_close(hsic.self_X[0], naive_unbiased_hsic(x, x))
-    for debiased in (True, False):
-        assert torch.autograd.gradcheck(lambda x, y: linear_cka(x, y, debiased=debiased), (x, y))  # noqa: B023
-
-
-def test_cka_sides_agree_and_ignore_rotation_scale_and_shift():
-    torch.manual_seed(0)
-    x, y = torch.randn(50, 12), torch.randn(50, 7)
-    y = y + x[:, :7]
-    rotation = torch.linalg.qr(torch.randn(12, 12)).Q
-    padded = torch.cat([x, torch.zeros(50, 60)], 1)  # more features than samples: the other side
-    for debiased in (True, False):
-        reference = linear_cka(x, y, debiased=debiased)
-        for changed in (x @ rotation, 1e-12 * x, 1e9 * x, x + 3.0, padded):
-            torch.testing.assert_close(linear_cka(changed, y, debiased=debiased), reference, rtol=1e-4, atol=1e-5)
-        assert linear_cka(x, x, debiased=debiased).item() == pytest.approx(1.0, abs=1e-5)
-
-
-def test_cka_survives_a_massive_activation():
-    # One token a thousand times the others: the sums of the textbook formula leave float32 nothing.
-    torch.manual_seed(0)
-    x, y = torch.randn(64, 96, dtype=torch.float64), torch.randn(64, 80, dtype=torch.float64)
-    y[:, :80] += x[:, :80]
-    x[3], y[3] = x[3] * 1e3, y[3] * 1e3
-    exact = naive_unbiased_hsic(x, y) / (naive_unbiased_hsic(x, x) * naive_unbiased_hsic(y, y)).sqrt()
-    torch.testing.assert_close(linear_cka(x.float(), y.float()), exact.float(), rtol=0, atol=2e-3)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("width", [3, 40])
-@pytest.mark.parametrize("n", [0, 1, 2, 3, 4, 16])
-@pytest.mark.parametrize("debiased", [True, False])
-def test_cka_is_never_nan(dtype, width, n, debiased):
-    torch.manual_seed(n)
-    random = torch.randn(n, width, dtype=dtype)
-    outlier = torch.full_like(random, 0.3)
-    outlier[:1] += random[:1]
-    for degenerate in (torch.zeros_like(random), torch.full_like(random, 3.3e4), outlier):
-        x, y = degenerate.clone().requires_grad_(), random.clone().requires_grad_()
-        cka = linear_cka(x, y, debiased=debiased)
-        gradients = torch.autograd.grad(cka, (x, y))
-        assert cka.isfinite()
-        assert all(gradient.isfinite().all() for gradient in gradients)
-        if degenerate is not outlier or debiased or n < 2:
-            assert cka == 0
-            assert not any(gradient.any() for gradient in gradients)
-
-
-def test_cka_ignores_autocast():
-    torch.manual_seed(0)
-    x, y = torch.randn(40, 64), torch.randn(40, 64)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        under = linear_cka(x, y)
-    assert torch.equal(under, linear_cka(x, y))
-
-
-def test_cka_matrix_equals_its_entries():
-    torch.manual_seed(0)
-    base = torch.randn(30, 8)
-    xs, ys = ([base @ torch.randn(8, d) + torch.randn(30, d) for d in widths] for widths in ((4, 40, 8), (6, 9)))
-    for debiased in (True, False):
-        entries = torch.stack([torch.stack([linear_cka(x, y, debiased=debiased) for y in ys]) for x in xs])
-        torch.testing.assert_close(cka_matrix(xs, ys, debiased=debiased), entries, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(cka_matrix(xs, xs), cka_matrix(xs, list(xs)))
-    with pytest.raises(ValueError, match="same N samples"):
-        cka_matrix(xs, [ys[0][:-1]])
-    with pytest.raises(ValueError, match="at least one"):
-        cka_matrix([], ys)
-
-
-def test_cka_matrix_equals_torch_cka():
-    torch_cka = pytest.importorskip("torch_cka")
-    torch.manual_seed(0)
-    layers = ["0", "2"]
-    models = [
-        torch.nn.Sequential(torch.nn.Linear(6, w), torch.nn.Tanh(), torch.nn.Linear(w, 5)).double() for w in (7, 40)
-    ]
-    inputs = torch.randn(32, 6, dtype=torch.float64)
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(inputs), batch_size=32)
-    torch.set_default_dtype(torch.float64)  # its vector of ones takes the default dtype
-    try:
-        theirs = torch_cka.CKA(*models, "first", "second", layers, layers)
-        theirs.compare(loader, loader)
-        expected = theirs.export()["CKA"]
-    finally:
-        torch.set_default_dtype(torch.float32)
-    features = [[model[:1](inputs).detach(), model(inputs).detach()] for model in models]
-    torch.testing.assert_close(cka_matrix(*features), expected)
-
-
-# ---------------------------------------------------------------------------------------------- routing
-
-
-def naive_routing(layers: list[Tensor], top_k: int, valid: Tensor) -> dict[str, Tensor]:
-    """One token at a time."""
-    load, probability = (torch.zeros(len(layers), layers[0].shape[1]) for _ in range(2))
-    entropy, z, tokens = torch.zeros(len(layers)), 0.0, int(valid.sum())
-    for i, logits in enumerate(layers):
-        for token in torch.nonzero(valid).flatten().tolist():
-            p = logits[token].float().softmax(0)
-            for expert in p.argsort(descending=True)[:top_k]:
-                load[i, expert] += 1
-            probability[i] += p / tokens
-            entropy[i] -= sum(q * q.log() for q in p)
-            z = z + torch.log(logits[token].float().exp().sum()) ** 2 / len(layers)
-    return {"load_LE": load, "probability_LE": probability, "entropy_L": entropy, "z_sum": z}
-
-
-@pytest.mark.parametrize("top_k", [1, 2, 5])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_routing_equals_a_loop_over_tokens(top_k, dtype):
-    torch.manual_seed(0)
-    layers = [torch.randn(12, 5).to(dtype) for _ in range(3)]
-    valid = torch.rand(12) > 0.4
-    for logits in layers:
-        logits[~valid] = float("nan")  # padding never counts, whatever is in it
-    ours = routing(layers, top_k, valid)
-    for name, value in naive_routing(layers, top_k, valid).items():
-        torch.testing.assert_close(getattr(ours, name), value)
-    assert ours.tokens == valid.sum()
-    assert torch.equal(ours.load_LE.sum(-1), (ours.tokens * top_k).expand(3))
-
-
-def test_padding_gets_no_gradient():
-    logits = torch.randn(6, 4, requires_grad=True)
-    valid = torch.tensor([True, False, True, True, False, True])
-    ours = routing([logits], 2, valid)
-    (balance_loss(ours).sum() + ours.z_sum).backward()
-    assert logits.grad[~valid].abs().sum() == 0
-    assert (logits.grad[valid].abs().sum(-1) > 0).all()
-    assert not ours.load_LE.requires_grad
-    assert not ours.entropy_L.requires_grad
-
-
-@pytest.mark.parametrize("top_k", [1, 2])
-def test_transformers_balance_loss_is_k_times_ours(top_k):
-    from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
-
-    torch.manual_seed(0)
-    logits = torch.randn(20, 6, requires_grad=True)
-    valid = torch.arange(20) % 5 != 0
-    ours = balance_loss(routing([logits], top_k, valid))
-    theirs = load_balancing_loss_func((logits,), 6, top_k, attention_mask=valid[None])
-    torch.testing.assert_close(top_k * ours[0], theirs)
-    gradients = [torch.autograd.grad(loss, logits)[0] for loss in (top_k * ours[0], theirs)]
-    torch.testing.assert_close(*gradients)
-
-
-def test_layers_collapsed_on_disjoint_experts_score_as_collapsed():
-    from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
-
-    first, second = torch.zeros(10, 2), torch.zeros(10, 2)
-    first[:, 0], second[:, 1] = 50.0, 50.0
-    ours = balance_loss(routing([first, second], 1, torch.ones(10, dtype=torch.bool)))
-    torch.testing.assert_close(ours, torch.tensor([2.0, 2.0]))  # E when collapsed
-    assert load_balancing_loss_func((first, second), 2, 1) == pytest.approx(1.0)  # pooled, it looks balanced
-
-
-def test_balance_loss_is_one_at_balance():
-    logits = 3.0 * torch.eye(4).repeat(5, 1)
-    torch.testing.assert_close(balance_loss(routing([logits], 1, torch.ones(20).bool())), torch.ones(1))
-
-
-def test_z_loss_by_hand():
-    # logsumexp(0, 0) = log 2; logsumexp(log 3, 0) = log 4 = 2 log 2. Sum of squares 5 log^2 2, halved by a
-    # second layer whose logits (-log 2 twice) have logsumexp 0.
-    log2 = torch.tensor(2.0).log()
-    first = torch.tensor([[0.0, 0.0], [torch.tensor(3.0).log(), 0.0]])
-    second = -log2.expand(2, 2)
-    ours = routing([first, second], 1, torch.ones(2).bool())
-    torch.testing.assert_close(ours.z_sum, 2.5 * log2**2)
-
-
-def test_no_valid_token_is_a_zero_with_a_graph():
-    logits = [torch.randn(4, 3, requires_grad=True) for _ in range(2)]
-    ours = routing(logits, 2, torch.zeros(4, dtype=torch.bool))
-    loss = balance_loss(ours).sum() + ours.z_sum
-    assert loss == ours.tokens == ours.entropy_L.sum() == 0
-    loss.backward()
-    assert all(layer.grad is not None and not layer.grad.any() for layer in logits)
-
-
-def test_routing_refuses_what_does_not_fit():
-    valid = torch.ones(4, dtype=torch.bool)
-    with pytest.raises(ValueError, match="no router logits"):
-        routing([], 1, valid)
-    with pytest.raises(ValueError, match="not \\[N, E\\]"):
-        routing([torch.zeros(4, 3), torch.zeros(4, 2)], 1, valid)
-    with pytest.raises(ValueError, match="not \\[N, E\\]"):
-        routing([torch.zeros(5, 3)], 1, valid)
-    with pytest.raises(ValueError, match="top_k 4"):
-        routing([torch.zeros(4, 3)], 4, valid)

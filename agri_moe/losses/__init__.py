@@ -5,22 +5,31 @@ accumulation nor sharding can change the gradient. CKA and the balance loss are 
 are.
 """
 
-from agri_moe.losses.cka import MinibatchHSIC, cka_from_hsic, cka_matrix, linear_cka, minibatch_hsic
-from agri_moe.losses.logits import CHUNK_SIZE, LogitLoss, TokenStatistics, fused_ce_kl, token_statistics
+from agri_moe.losses.attention import align_attention, attention_distance, attention_mass, uniform_head_map
+from agri_moe.losses.cka import MinibatchHSIC, cka_from_hsic, cka_matrix, expert_similarity, linear_cka, minibatch_hsic
+from agri_moe.losses.hidden import hidden_distance
+from agri_moe.losses.logits import CHUNK_SIZE, Divergence, LogitLoss, TokenStatistics, fused_ce_kl, token_statistics
 from agri_moe.losses.routing import Routing, balance_loss, routing
 
 __all__ = [
     "CHUNK_SIZE",
+    "Divergence",
     "LogitLoss",
     "MinibatchHSIC",
     "Routing",
     "TokenStatistics",
+    "align_attention",
+    "attention_distance",
+    "attention_mass",
     "balance_loss",
     "cka_from_hsic",
     "cka_matrix",
+    "expert_similarity",
     "fused_ce_kl",
+    "hidden_distance",
     "linear_cka",
     "minibatch_hsic",
     "routing",
     "token_statistics",
+    "uniform_head_map",
 ]

@@ -54,6 +54,18 @@ def cka_matrix(xs: Sequence[Tensor], ys: Sequence[Tensor], *, debiased: bool = T
         return cka_from_hsic(_hsic(features_X, features_Y, debiased))
 
 
+def expert_similarity(outputs_ESD: Tensor) -> Tensor:
+    """Mean off-diagonal debiased linear CKA between the outputs of E experts for the same S tokens, a scalar.
+
+    1 where all experts span the same function (as copies do, whose gradient is exactly 0: the maximum is flat), 0 for
+    unrelated ones or a single one. An expert that gives a constant counts as unrelated to all others.
+    """
+    experts = len(outputs_ESD)
+    matrix_EE = cka_matrix(outputs := list(outputs_ESD.unbind()), outputs)
+    off_diagonal = matrix_EE.sum() - matrix_EE.diagonal().sum()
+    return off_diagonal / max(experts * (experts - 1), 1)
+
+
 def cka_from_hsic(hsic: MinibatchHSIC) -> Tensor:
     """[X, Y] CKA: cross / sqrt(self self), defined as 0 (with zero gradient) where a self term is 0."""
     defined_X, defined_Y = hsic.self_X > 0, hsic.self_Y > 0

@@ -1,4 +1,4 @@
-"""Cross-entropy and KL straight from hidden states, in chunks, with the gradient taken in the forward pass.
+"""Cross-entropy and divergence straight from hidden states, in chunks, with the gradient taken in the forward pass.
 
 Shape legend, used as suffixes of names throughout:
 
@@ -7,8 +7,9 @@ Shape legend, used as suffixes of names throughout:
     W shared prefix of the two vocabularies, min(V_student, V_teacher)     R rows of one block (`_Chunk`)
 """
 
+import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,12 +24,16 @@ CPU_BLOCK_ROWS = 4
 CPU_VOCABULARY_TILE = 1024
 
 
-class LogitLoss(NamedTuple):
-    """What `fused_ce_kl` returns: one scalar to differentiate and the two sums to log."""
+Divergence = Literal["forward", "reverse", "jsd"]
 
-    loss: Tensor  # scalar with gradient: ce_scale * ce_sum + kl_scale * kl_sum
+
+class LogitLoss(NamedTuple):
+    """What `fused_ce_kl` returns: one scalar to differentiate and the sums to log."""
+
+    loss: Tensor  # scalar with gradient: ce_scale * ce_sum (or sum of ce_scale_n ce_n) + kl_scale * kl_sum
     ce_sum: Tensor  # detached scalar, nats: sum over the N rows of the cross-entropy
-    kl_sum: Tensor  # detached scalar, nats: sum over the first M rows of T^2 * KL(teacher_T || student_T)
+    kl_sum: Tensor  # detached scalar, nats: sum over the first M rows of T^2 times the divergence
+    entropy_sum: Tensor | None = None  # detached scalar, nats: sum over those rows of the teacher's entropy, if asked
 
 
 def fused_ce_kl(
@@ -42,16 +47,23 @@ def fused_ce_kl(
     kl_scale: float | Tensor = 0.0,
     temperature: float | Tensor = 1.0,
     label_smoothing: float = 0.0,
+    divergence: Divergence = "forward",
+    beta: float = 0.5,
+    with_entropy: bool = False,
     chunk_size: int = CHUNK_SIZE,
 ) -> LogitLoss:
-    """Cross-entropy and forward KL of a language-model head, without ever holding [N, V] logits.
+    """Cross-entropy and divergence of a language-model head, without ever holding [N, V] logits.
 
     Rows are taken `chunk_size` at a time and the gradient is computed in the forward pass, while the chunk's
     logits are at hand. Cross-entropy is `torch.nn.functional.cross_entropy`'s (label smoothing included) on
-    all N rows and the student's whole vocabulary. KL is the real divergence, the teacher's entropy in it, so
-    0 where the two agree: KL(softmax(t / T) || softmax(s / T)) times T^2 (Hinton et al. 2015, section 2: the
-    gradient then keeps its size whatever T), on the first M rows, with both sides renormalised over the
-    shared prefix of the vocabularies.
+    all N rows and the student's whole vocabulary. The divergence D is taken on the first M rows, between
+    q_t = softmax(t / T) and q_s = softmax(s / T), both over the shared prefix of the vocabularies, times T^2
+    (Hinton et al. 2015, section 2: the gradient then keeps its size whatever T). It is 0 where they agree:
+
+        forward   KL(q_t || q_s)                            Hinton et al. 2015
+        reverse   KL(q_s || q_t)                            Gu et al. 2024 (MiniLLM), eq. 1, token by token
+        jsd       b KL(q_t || m) + (1 - b) KL(q_s || m)     with m = b q_t + (1 - b) q_s and b = beta,
+                                                            Agarwal et al. 2024 (GKD), section 2
 
     Args:
         hidden_ND: [N, D] student hidden states after the final norm, any floating dtype.
@@ -59,12 +71,17 @@ def fused_ce_kl(
         targets_N: [N] int64 next-token ids in [0, V). There is no ignore index: pass supervised rows only.
         teacher_hidden_MD: [M, D_t] teacher hidden states of the *first* M rows, or None for M = 0.
         teacher_head_VD: [V_t, D_t] teacher head weights; both or neither. The teacher gets no gradient.
-        ce_scale: factor of the cross-entropy sum, a float or a 0-d tensor; a constant to autograd.
-        kl_scale: factor of the KL sum, likewise. A *float* 0 skips the work that only a gradient needs;
-            both sums are reported all the same.
+        ce_scale: factor of the cross-entropy sum, a float, a 0-d tensor, or [N], one for each row; a constant to
+            autograd.
+        kl_scale: factor of the divergence's sum, a float or a 0-d tensor. A *float* 0 skips the work that only a
+            gradient needs; both sums are reported all the same.
         temperature: T > 0, a float or a 0-d tensor (never read back to the host).
         label_smoothing: in [0, 1].
-        chunk_size: rows at a time. Memory above inputs and gradients is about 4 * chunk_size * (V + W) bytes.
+        divergence: which one, see above.
+        beta: of `jsd`, in (0, 1).
+        with_entropy: report the teacher's entropy too, at temperature 1 over the shared prefix.
+        chunk_size: rows at a time. Memory above inputs and gradients is about 4 * chunk_size * (V + W) bytes; on an
+            accelerator, where a block is a whole chunk, its passes take 4 * chunk_size * (V + 2 W) more.
 
     Returns:
         A `LogitLoss` in float32 (float64 where hidden_ND or head_VD is). With N = 0, or nothing that needs a
@@ -78,8 +95,13 @@ def fused_ce_kl(
     gradient again.
 
     Raises:
-        ValueError: shapes that do not fit, only half a teacher, or more teacher rows than student rows.
+        ValueError: shapes that do not fit, only half a teacher, more teacher rows than student rows, an
+            unknown divergence, or beta outside (0, 1).
     """
+    if divergence not in _DIVERGENCES or not 0 < beta < 1:
+        raise ValueError(f"divergence {divergence!r} is not one of {', '.join(_DIVERGENCES)} with beta in (0, 1)")
+    if isinstance(ce_scale, Tensor) and ce_scale.ndim and ce_scale.shape != hidden_ND.shape[:1]:
+        raise ValueError(f"ce_scale {tuple(ce_scale.shape)} is neither a number nor one for each row")
     teacher_hidden_MD, teacher_head_VD = _check_rows(
         hidden_ND, head_VD, targets_N, teacher_hidden_MD, teacher_head_VD, chunk_size
     )
@@ -89,11 +111,15 @@ def fused_ce_kl(
         kl_scale=_constant(kl_scale),
         temperature=_constant(temperature),
         label_smoothing=label_smoothing,
+        divergence=divergence,
+        beta=beta,
+        with_entropy=with_entropy,
         chunk_size=chunk_size,
         operand_dtype=rows.operand_dtype,
         differentiate=torch.is_grad_enabled(),
     )
-    return LogitLoss(*_FusedCrossEntropyKL.apply(settings, *rows))
+    loss, ce_sum, kl_sum, entropy_sum = _FusedCrossEntropyKL.apply(settings, *rows)
+    return LogitLoss(loss, ce_sum, kl_sum, entropy_sum if with_entropy else None)
 
 
 class TokenStatistics(NamedTuple):
@@ -280,6 +306,9 @@ class _Settings(NamedTuple):
     kl_scale: float | Tensor
     temperature: float | Tensor
     label_smoothing: float
+    divergence: Divergence
+    beta: float
+    with_entropy: bool
     chunk_size: int
     operand_dtype: torch.dtype
     differentiate: bool  # whether autograd records this call
@@ -291,8 +320,13 @@ class _Settings(NamedTuple):
 
     @property
     def with_kl(self) -> bool:
-        """Whether the gradient has a KL part."""
+        """Whether the gradient has a divergence part."""
         return isinstance(self.kl_scale, Tensor) or self.kl_scale != 0.0
+
+    def ce_scale_of(self, rows: slice) -> float | Tensor:
+        """Factor of the cross-entropies of some rows, to be multiplied with [R, V]."""
+        by_row = isinstance(self.ce_scale, Tensor) and self.ce_scale.ndim > 0
+        return self.ce_scale[rows, None] if by_row else self.ce_scale  # type: ignore[index]
 
 
 def _constant(scale: float | Tensor) -> float | Tensor:
@@ -312,15 +346,24 @@ class _Scratch:
         return buffer[: len(like)]
 
 
+class _Block(NamedTuple):
+    """Per row of a block, in nats."""
+
+    ce_R: Tensor
+    kl_R: Tensor | None  # T^2 times the divergence
+    entropy_R: Tensor | None  # the teacher's
+
+
 def _block(
     student_RV: Tensor,
     targets_R: Tensor,
     teacher_RW: Tensor | None,
     settings: _Settings,
+    ce_scale: float | Tensor,
     scratch: _Scratch,
     differentiate: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Return CE [R] and T^2 KL [R] of one block; where asked, its logits become their own gradient.
+) -> _Block:
+    """Losses of one block; where asked, its logits become their own gradient.
 
     With z the student's logits, p = softmax(z), y one-hot and e the label smoothing:
 
@@ -333,11 +376,13 @@ def _block(
     ce_R = log_p_RV.gather(1, targets_R[:, None]).squeeze(1) * (smoothing - 1.0)
     if smoothing:
         ce_R -= log_p_RV.sum(-1) * share
-    kl_R = None
+    kl_R = entropy_R = None
     if teacher_RW is not None:
+        if settings.with_entropy:
+            entropy_R = _entropy(teacher_RW, scratch)
         kl_R = _kl(student_RV, log_p_RV, teacher_RW, settings, scratch, differentiate and settings.with_kl)
     if not differentiate:
-        return ce_R, kl_R
+        return _Block(ce_R, kl_R, entropy_R)
 
     if settings.with_ce:
         torch.exp(log_p_RV, out=student_RV)
@@ -345,12 +390,19 @@ def _block(
             student_RV.sub_(share)
         target_R1 = targets_R[:, None]  # not scatter_add_, which is not deterministic on CUDA
         student_RV.scatter_(1, target_R1, student_RV.gather(1, target_R1) - (1.0 - smoothing))
-        student_RV.mul_(settings.ce_scale)
+        student_RV.mul_(ce_scale)
     else:
         student_RV.zero_()
     if teacher_RW is not None and settings.with_kl:
         student_RV[:, : teacher_RW.shape[1]].add_(teacher_RW)
-    return ce_R, kl_R
+    return _Block(ce_R, kl_R, entropy_R)
+
+
+def _entropy(logits_RW: Tensor, scratch: _Scratch) -> Tensor:
+    """Entropy of softmax(logits), [R]."""
+    log_q_RW = torch.log_softmax(logits_RW, -1, out=scratch("log_qt", logits_RW))
+    q_RW = torch.exp(log_q_RW, out=scratch("log_qs", logits_RW))
+    return -q_RW.mul_(log_q_RW).sum(-1)
 
 
 def _kl(
@@ -361,11 +413,9 @@ def _kl(
     scratch: _Scratch,
     differentiate: bool,
 ) -> Tensor:
-    """Return T^2 KL [R]; where asked, kl_scale times its gradient takes the place of the teacher's logits.
+    """Return T^2 D [R]; where asked, kl_scale times its gradient takes the place of the teacher's logits.
 
-    With q_s and q_t the softmax of student and teacher over the shared prefix at temperature T:
-
-        T^2 KL = T^2 sum_w q_t (log q_t - log q_s)        d(T^2 KL) / dz = T (q_s - q_t)
+    Each divergence leaves dD / du for the tempered logits u = z / T, so that d(T^2 D) / dz is T times that.
     """
     temperature, width = settings.temperature, teacher_RW.shape[1]
     plain = not isinstance(temperature, Tensor) and temperature == 1.0
@@ -377,36 +427,95 @@ def _kl(
     else:
         torch.div(student_RV[:, :width], temperature, out=teacher_RW)
         log_qs_RW = torch.log_softmax(teacher_RW, -1, out=scratch("log_qs", teacher_RW))
-    difference_RW = torch.sub(log_qt_RW, log_qs_RW, out=teacher_RW)
-    qt_RW = log_qt_RW.exp_()
-    kl_R = difference_RW.mul_(qt_RW).sum(-1) * (temperature * temperature)
+    divergence = _DIVERGENCES[settings.divergence]
+    # The student's logits are spent: all that is still asked of them is in log_p and log_qs.
+    spare_RW = student_RV[:, :width]
+    kl_R = divergence(log_qt_RW, log_qs_RW, teacher_RW, spare_RW, settings.beta, differentiate)
     if differentiate:
-        torch.exp(log_qs_RW, out=teacher_RW).sub_(qt_RW).mul_(settings.kl_scale * temperature)
+        teacher_RW.mul_(settings.kl_scale * temperature)
+    return kl_R * (temperature * temperature)
+
+
+# Each takes log q_t (overwritten), log q_s (read only: it may be log_p), a buffer that the gradient is left in, another
+# to work in, beta, and whether the gradient is wanted; each returns D [R].
+
+
+def _forward(
+    log_qt_RW: Tensor, log_qs_RW: Tensor, out_RW: Tensor, spare_RW: Tensor, beta: float, differentiate: bool
+) -> Tensor:
+    """sum q_t (log q_t - log q_s), with gradient q_s - q_t."""
+    difference_RW = torch.sub(log_qt_RW, log_qs_RW, out=out_RW)
+    qt_RW = log_qt_RW.exp_()
+    kl_R = difference_RW.mul_(qt_RW).sum(-1)
+    if differentiate:
+        torch.exp(log_qs_RW, out=out_RW).sub_(qt_RW)
     return kl_R
 
 
+def _reverse(
+    log_qt_RW: Tensor, log_qs_RW: Tensor, out_RW: Tensor, spare_RW: Tensor, beta: float, differentiate: bool
+) -> Tensor:
+    """sum q_s (log q_s - log q_t), with gradient q_s (log q_s - log q_t - D)."""
+    difference_RW = torch.sub(log_qs_RW, log_qt_RW, out=out_RW)
+    qs_RW = torch.exp(log_qs_RW, out=log_qt_RW)
+    kl_R = difference_RW.mul_(qs_RW).sum(-1)
+    if differentiate:
+        out_RW.sub_(qs_RW.mul_(kl_R[:, None]))
+    return kl_R
+
+
+def _jsd(
+    log_qt_RW: Tensor, log_qs_RW: Tensor, out_RW: Tensor, spare_RW: Tensor, beta: float, differentiate: bool
+) -> Tensor:
+    """b KL(q_t || m) + (1 - b) KL(q_s || m), with gradient (1 - b) q_s (log q_s - log m - KL(q_s || m)).
+
+    With r = log q_s - log q_t, log(m / q_t) is log(b + (1 - b) exp(r)) and log(m / q_s) is log(b exp(-r) + 1 - b).
+    From log m itself, the rounding of large logarithms would be as large as a small divergence.
+    """
+    log_b, log_rest = math.log(beta), math.log1p(-beta)
+    ratio_RW = torch.sub(log_qs_RW, log_qt_RW, out=out_RW)
+    torch.add(ratio_RW, log_rest, out=spare_RW)
+    log_m_qt_RW = torch.logaddexp(spare_RW, spare_RW.new_full((), log_b), out=spare_RW)
+    teacher_R = log_m_qt_RW.mul_(log_qt_RW.exp_()).sum(-1).neg_()
+    ratio_RW.neg_().add_(log_b)
+    log_m_qs_RW = torch.logaddexp(ratio_RW, ratio_RW.new_full((), log_rest), out=out_RW)
+    qs_RW = torch.exp(log_qs_RW, out=log_qt_RW)
+    student_R = log_m_qs_RW.mul_(qs_RW).sum(-1).neg_()
+    if differentiate:
+        out_RW.add_(qs_RW.mul_(student_R[:, None])).mul_(beta - 1.0)
+    return beta * teacher_R + (1.0 - beta) * student_R
+
+
+_DIVERGENCES = {"forward": _forward, "reverse": _reverse, "jsd": _jsd}
+
+
 class _Sums(NamedTuple):
+    loss: Tensor
     ce_sum: Tensor
     kl_sum: Tensor
+    entropy_sum: Tensor
     grad_hidden_ND: Tensor | None
     grad_head_VD: Tensor | None
 
 
 def _sums_and_gradients(rows: _Rows, settings: _Settings, needs: tuple[bool, bool]) -> _Sums:
-    """Go through the chunks once: the two sums, and the gradient of the scaled loss where `needs` says so."""
+    """Go through the chunks once: the sums, and the gradient of the scaled loss where `needs` says so."""
     dtype, scratch = rows.result_dtype, _Scratch()
     operands = rows.cast(settings.operand_dtype)
     n, m = len(rows.hidden_ND), len(rows.teacher_hidden_MD)
     ce_N, kl_M = rows.hidden_ND.new_empty(n, dtype=dtype), rows.hidden_ND.new_empty(m, dtype=dtype)
+    entropy_sum = rows.hidden_ND.new_zeros((), dtype=dtype)
     grad_hidden_ND = torch.zeros_like(rows.hidden_ND, dtype=dtype) if needs[0] else None
     grad_head_VD: Tensor | None = None
     for chunk in _chunks(operands, settings.chunk_size, dtype):
         for span, student_RV, teacher_RW in chunk.blocks():
-            ce_N[span], kl_R = _block(
-                student_RV, rows.targets_N[span], teacher_RW, settings, scratch, differentiate=any(needs)
-            )
-            if kl_R is not None:
-                kl_M[span] = kl_R
+            scale = settings.ce_scale_of(span)
+            block = _block(student_RV, rows.targets_N[span], teacher_RW, settings, scale, scratch, any(needs))
+            ce_N[span] = block.ce_R
+            if block.kl_R is not None:
+                kl_M[span] = block.kl_R
+            if block.entropy_R is not None:
+                entropy_sum += block.entropy_R.sum()
         # Without a cross-entropy part, rows that carry no KL have no gradient.
         count = len(chunk.student) if settings.with_ce else len(chunk.teacher) * settings.with_kl
         if not any(needs) or not count:
@@ -422,14 +531,21 @@ def _sums_and_gradients(rows: _Rows, settings: _Settings, needs: tuple[bool, boo
             _add_product(gradient.T, operands.hidden_ND[span], grad_head_VD)
     if needs[1] and grad_head_VD is None:
         grad_head_VD = torch.zeros_like(rows.head_VD, dtype=dtype)
-    return _Sums(ce_N.sum(), kl_M.sum(), grad_hidden_ND, grad_head_VD)
+    ce_sum, kl_sum = ce_N.sum(), kl_M.sum()
+    loss = torch.zeros_like(ce_sum)
+    if settings.with_ce:
+        by_row = isinstance(settings.ce_scale, Tensor) and settings.ce_scale.ndim > 0
+        loss += (settings.ce_scale * ce_N).sum() if by_row else settings.ce_scale * ce_sum
+    if settings.with_kl:
+        loss += settings.kl_scale * kl_sum
+    return _Sums(loss, ce_sum, kl_sum, entropy_sum, grad_hidden_ND, grad_head_VD)
 
 
 class _FusedCrossEntropyKL(torch.autograd.Function):
     """`fused_ce_kl` for autograd: the gradient is there before backward asks for it."""
 
     @staticmethod
-    def forward(ctx: Any, settings: _Settings, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, settings: _Settings, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows = _Rows(*tensors)
         ctx.needs = tuple(settings.differentiate and need for need in ctx.needs_input_grad[1:3])
         with torch.autocast(rows.hidden_ND.device.type, enabled=False):
@@ -439,13 +555,8 @@ class _FusedCrossEntropyKL(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         ctx.settings, ctx.gradients = settings, (sums.grad_hidden_ND, sums.grad_head_VD)
         ctx.dtypes = rows.hidden_ND.dtype, rows.head_VD.dtype
-        loss = torch.zeros_like(sums.ce_sum)
-        if settings.with_ce:
-            loss += settings.ce_scale * sums.ce_sum
-        if settings.with_kl:
-            loss += settings.kl_scale * sums.kl_sum
-        ctx.mark_non_differentiable(sums.ce_sum, sums.kl_sum)
-        return loss, sums.ce_sum, sums.kl_sum
+        ctx.mark_non_differentiable(sums.ce_sum, sums.kl_sum, sums.entropy_sum)
+        return sums.loss, sums.ce_sum, sums.kl_sum, sums.entropy_sum
 
     @staticmethod
     @once_differentiable
@@ -454,7 +565,7 @@ class _FusedCrossEntropyKL(torch.autograd.Function):
         if gradients is None:
             rows = _Rows(*ctx.saved_tensors)  # raises torch's own error where the graph was not retained
             with torch.autocast(upstream.device.type, enabled=False):
-                gradients = _sums_and_gradients(rows, ctx.settings, ctx.needs)[2:]
+                gradients = _sums_and_gradients(rows, ctx.settings, ctx.needs)[4:]
         # On CPU reading the factor is free and may spare a pass over the head's gradient; on CUDA it waits.
         if upstream.device.type != "cpu" or upstream.item() != 1.0:
             for gradient in gradients:
