@@ -106,6 +106,23 @@ def test_text_never_becomes_a_control_token(chat: Chat, row: dict[str, Any]) -> 
 
 
 @hypothesis
+@given(row=rows(filled))
+def test_pieces_are_the_same_tokens_and_know_their_characters(chat: Chat, row: dict[str, Any]) -> None:
+    ids, segments = chat.encode(row)
+    pieces = chat.pieces(row)
+    assert [i for piece in pieces for i in (None, *piece.ids)] == [
+        None if i in chat.control_ids else i for i in ids[:-1]
+    ]
+    for piece in pieces:
+        held = slice(piece.first, piece.first + len(piece.ids))
+        assert ids[held] == piece.ids
+        assert {segment for segment, span in zip(segments[held], piece.spans, strict=True) if span[1] > 0} == {
+            piece.segment
+        }
+        assert (piece.spans[0][0], piece.spans[-1][1]) == (-1, len(piece.text) + 1)
+
+
+@hypothesis
 @given(text=hostile, thought=st.booleans())
 def test_prompts_are_what_training_saw_and_stay_text(chat: Chat, text: str, thought: bool) -> None:
     prompt = chat.encode_prompt(text, thought=thought)

@@ -337,9 +337,9 @@ def test_a_second_setup_tokenises_nothing(tmp_path: Path, make: Any, monkeypatch
     encoded: list[int] = []
     real = chat_data._encode
 
-    def counted(chat: Any, raw: Any, columns: dict[str, str]) -> Any:
+    def counted(chat: Any, raw: Any, **options: Any) -> Any:
         encoded.append(raw.number)
-        return real(chat, raw, columns)
+        return real(chat, raw, **options)
 
     monkeypatch.setattr(chat_data, "_encode", counted)
     make(file).setup("fit")

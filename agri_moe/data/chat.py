@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from enum import IntEnum
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 FORMAT_FILE = "chat_format.json"
@@ -95,6 +95,19 @@ class Answer(NamedTuple):
     complete: bool
 
 
+class Piece(NamedTuple):
+    """The tokens of the text of one part, with those of the plain text around it that were encoded along.
+
+    `spans` are the characters of each token, counted from the start of the text: what stands before it is negative.
+    """
+
+    segment: Segment
+    text: str
+    first: int  # where in the row the first of these tokens stands
+    ids: list[int]
+    spans: list[tuple[int, int]]
+
+
 class _Part(NamedTuple):
     """A marker and the text up to the next marker: `MARKER \\n TEXT \\n`."""
 
@@ -146,7 +159,7 @@ class Chat:
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = format.end
         self.pad_id: int = tokenizer.pad_token_id
-        self._plain = _without_added_tokens(tokenizer)
+        self._plain = without_added_tokens(tokenizer)
         self.new_marker_pieces: dict[int, list[int]] = {
             tokenizer.convert_tokens_to_ids(marker): self.encode_text(marker) for marker in missing
         }
@@ -198,15 +211,24 @@ class Chat:
         """Token ids and segments of a row; ValueError says what is wrong with a row that cannot be used."""
         ids: list[int] = []
         segments: list[int] = []
-        for part in self._parts(row):
+        for part, piece in self._encoded_parts(row):
             ids.append(self.tokenizer.convert_tokens_to_ids(part.marker))
             segments.append(int(part.marker_segment))
-            piece = self._plain.encode(f"\n{part.text}\n", add_special_tokens=False)
             ids += piece.ids
             # Character 0 is the newline after the marker. A token that spans it and the text ends later, and
             # belongs to the text.
             segments += [int(part.text_segment if end > 1 else part.newline_segment) for _, end in piece.offsets]
         return Encoded([*ids, self.end_id], [*segments, int(Segment.ASSISTANT)])
+
+    def pieces(self, row: Row) -> list[Piece]:
+        """The same tokens without the markers, part by part, each with the characters it covers."""
+        pieces: list[Piece] = []
+        first = 1
+        for part, piece in self._encoded_parts(row):
+            spans = [(start - 1, end - 1) for start, end in piece.offsets]  # character 0 is the newline before
+            pieces.append(Piece(part.text_segment, part.text, first, piece.ids, spans))
+            first += len(piece.ids) + 1
+        return pieces
 
     def encode_text(self, text: str) -> list[int]:
         """Plain text as ids, none of them an added token, whatever the text says."""
@@ -253,6 +275,10 @@ class Chat:
             else:
                 runs.append((segment, control, [token]))
         return "".join(paint(self.tokenizer.decode(tokens), segment, control) for segment, control, tokens in runs)
+
+    def _encoded_parts(self, row: Row) -> Iterator[tuple[_Part, Encoding]]:
+        for part in self._parts(row):
+            yield part, self._plain.encode(f"\n{part.text}\n", add_special_tokens=False)
 
     def _parts(self, row: Row) -> list[_Part]:
         """The segment rules, one line per part (see the design: prompt, thought, answer)."""
@@ -379,7 +405,7 @@ def usable_text(name: str, value: object) -> str | None:
     return value if value.strip() else None
 
 
-def _without_added_tokens(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+def without_added_tokens(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     """A copy of the backend that splits every added token.
 
     Splitting special tokens is not enough: 12 of Qwen3's added tokens (`</think>`, ...) are not marked

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
 from agri_moe.data.chat import DEFAULT_FORMAT, Chat, ChatFormat, render_scenario
@@ -42,9 +42,11 @@ from agri_moe.data.rows import (
     load,
     packed_loader,
     record,
+    too_little_aligned,
     too_long,
 )
 from agri_moe.data.sources import RawRow, Source, check_columns, find_sources, read_rows
+from agri_moe.data.teacher_view import TeacherView
 
 REQUIRED = ("scenario", "advisory")
 COLUMNS = ("system", "scenario", "thought", "advisory")
@@ -73,6 +75,10 @@ class ChatDataModule(LightningDataModule):
         num_proc: Processes that tokenise; whole files are shared out among them.
         streaming: Reads and tokenises on the fly, file by file: for data that fits no disk.
         cache_dir: Folder of the tokenised rows; Hugging Face's own by default.
+
+    Attributes:
+        teacher_view: How the teacher reads the rows, if not as the student does; by default what the module in
+            training has under the same name.
     """
 
     def __init__(
@@ -111,7 +117,10 @@ class ChatDataModule(LightningDataModule):
         self.streaming = streaming
         self.cache_dir = cache_dir
         self.rejected: list[Rejected] = []
+        self.teacher_view: TeacherView | None = None
         self._rows: dict[str, Rows] = {}
+        self._rows_view: TeacherView | None = None  # the one that _rows were loaded for
+        self._streamed_aligned = np.zeros(2, np.int64)
         self._stream: StreamSampler | None = None
         self._stream_start: tuple[int, dict[str, int]] | None = None
         check_numbers(self, "max_length")
@@ -157,6 +166,9 @@ class ChatDataModule(LightningDataModule):
         """The usable rows of a split, loaded when first asked for."""
         if split == "test" and self.test is None:
             return self.rows("validation")
+        if self._rows_view != self._view:
+            self._rows, self.rejected, self._rows_view = {}, [], self._view
+            self._streamed_aligned = np.zeros(2, np.int64)
         if split in self._rows:
             return self._rows[split]
         if split == "test" or self.validation is not None:
@@ -172,7 +184,7 @@ class ChatDataModule(LightningDataModule):
         """Usable and rejected rows of a split's own sources, whatever the policy on bad rows."""
         return load(
             self._sources(split),
-            functools.partial(_encode, columns=self.columns),
+            functools.partial(_encode, columns=self.columns, view=self._view),
             ("chat", sorted(self.columns.items())),
             self.chat,
             self.tokenizer,
@@ -181,7 +193,18 @@ class ChatDataModule(LightningDataModule):
             max_length=self.max_length,
             num_proc=self.num_proc,
             cache_dir=self.cache_dir,
+            view=self._view,
         )
+
+    @property
+    def aligned_share(self) -> float | None:
+        """The share of the answers' tokens that align with the teacher's view, over the rows read so far.
+
+        None without a view of the teacher's own, or before there are rows.
+        """
+        loaded = [rows.aligned.sum(0) for rows in self._rows.values() if rows.aligned is not None]
+        aligned, answer = sum(loaded, self._streamed_aligned).tolist()
+        return aligned / answer if answer else None
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Packed rows in the order of (seed, epoch)."""
@@ -192,7 +215,8 @@ class ChatDataModule(LightningDataModule):
             self._stream = StreamSampler(self._read_stream, self.max_length, self._per_batch, self.trainer)
             if self._stream_start is not None:
                 self._stream.starts = [self._stream_start]
-        return step_loader(PackedRows(None, self.max_length, self.chat.pad_id), self._stream, self.num_workers)
+        rows = PackedRows(None, self.max_length, self.chat.pad_id, teacher=self._view is not None)
+        return step_loader(rows, self._stream, self.num_workers)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Packed validation rows in a fixed order; nothing when none are held out."""
@@ -222,6 +246,13 @@ class ChatDataModule(LightningDataModule):
             self._stream_start = (state_dict["done"], state_dict["cursor"])
 
     @property
+    def _view(self) -> TeacherView | None:
+        """How the teacher reads the rows: None is as the student does, or not at all."""
+        if self.teacher_view is not None or self.trainer is None or self.trainer.state.fn == "predict":
+            return self.teacher_view
+        return getattr(self.trainer.lightning_module, "teacher_view", None)
+
+    @property
     def _per_batch(self) -> int:
         return max(1, self.tokens_per_batch // self.max_length)
 
@@ -237,6 +268,10 @@ class ChatDataModule(LightningDataModule):
         if warning:
             rank_zero_warn(warning)
         self.rejected += loaded.rejected
+        if self._view is not None and loaded.rows.aligned is not None:
+            aligned, answer = loaded.rows.aligned.sum(0)
+            share = f"{aligned / answer:.1%} of the answers' tokens align"
+            rank_zero_info(f"data.{split}: teacher view {self._view.view}: {share}.")
         return loaded.rows
 
     def _loader(self, split: Split, shuffle: bool) -> DataLoader[Any]:
@@ -253,19 +288,23 @@ class ChatDataModule(LightningDataModule):
 
     def _read_stream(self, cursor: dict[str, int]) -> Iterator[StreamedRow]:
         """Usable rows from a cursor to the end of its epoch; the order of the files follows (seed, epoch)."""
-        sources = self._sources("train")
+        sources, view = self._sources("train"), self._view
         order = np.random.default_rng((self.seed, cursor["epoch"])).permutation(len(sources)).tolist()
         first, number, index = cursor.get("source", 0), cursor.get("row", 0), cursor.get("index", 0)
         for at in range(first, len(order)):
             source = sources[order[at]]
             for raw in read_rows(source, number if at == first else 0, self._wanted(), streaming=True):
-                (row,) = _encode(self.chat, raw, self.columns)
+                (row,) = _encode(self.chat, raw, self.columns, view)
                 reason = row["reason"] or too_long(row["length"], self.max_length)
+                if view is not None and not reason:
+                    reason = too_little_aligned(row["aligned"], row["answer"], view.min_aligned)
                 if reason:
                     self._reject_streamed(Rejected(source.name, raw.number, reason))
                     continue
                 here = {"epoch": cursor["epoch"], "source": at, "row": raw.number, "index": index}
-                packed = PackedRow(index, np.array(row["input_ids"]), np.array(row["segment_ids"]))
+                packed = PackedRow(index, *(np.array(row[name]) for name in PackedRow._fields[1:] if name in row))
+                if view is not None:
+                    self._streamed_aligned += (row["aligned"], row["answer"])
                 yield StreamedRow(packed, np.array(row["counts"]).reshape(2, SEGMENTS), here)
                 index += 1
 
@@ -295,15 +334,16 @@ class _Prompts(Dataset[dict[str, Any]]):
         return {"row_id": row_id, "prompt_ids": prompt, **{name: row[name] for name in COLUMNS}}
 
 
-def _encode(chat: Chat, raw: RawRow, columns: dict[str, str]) -> list[Record]:
+def _encode(chat: Chat, raw: RawRow, columns: dict[str, str], view: TeacherView | None = None) -> list[Record]:
     """A raw row as one record: its tokens and texts, or the reason against it."""
     row = {name: raw.values.get(columns.get(name, name)) for name in COLUMNS}
     nothing: Record = dict.fromkeys(COLUMNS)
     if raw.reason:
-        return [{**bad_record(raw.reason, chat.control_ids), **nothing}]
+        return [{**bad_record(raw.reason, chat.control_ids, view is not None), **nothing}]
     try:
         ids, segments = chat.encode(row)
+        teacher = None if view is None else view.encode(chat, row)
     except ValueError as error:
-        return [{**bad_record(str(error), chat.control_ids), **nothing}]
+        return [{**bad_record(str(error), chat.control_ids, view is not None), **nothing}]
     scenario = render_scenario(row["scenario"])
-    return [{**record(ids, segments, chat.control_ids, scenario), **row, "scenario": scenario}]
+    return [{**record(ids, segments, chat.control_ids, scenario, teacher), **row, "scenario": scenario}]

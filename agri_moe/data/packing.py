@@ -1,6 +1,7 @@
 """From rows to micro-batches: packing, the order of an epoch, the totals of a step, and where a run resumes.
 
-Shapes: B sequences of a micro-batch, T tokens of its longest sequence, S segments (5).
+Shapes: B sequences of a micro-batch, T tokens of its longest sequence, U tokens of its longest sequence as the teacher
+reads it, S segments (5).
 
 A *sequence* is several rows laid end to end, at most `max_length` tokens. A *micro-batch* is what one rank
 sees in one forward pass. An *optimizer step* is accumulate_grad_batches x world_size micro-batches. The
@@ -35,13 +36,15 @@ class PackedRow(NamedTuple):
     row_id: int
     input_ids: np.ndarray[Any, Any]
     segment_ids: np.ndarray[Any, Any]
+    teacher_ids: np.ndarray[Any, Any] | None = None  # the row as the teacher reads it, if that is something else
+    teacher_tokens: np.ndarray[Any, Any] | None = None  # for each token its place in teacher_ids, or -1
 
 
 @dataclass(frozen=True)
 class StepTotals:
     """What the whole optimizer step holds, over all its micro-batches and all ranks."""
 
-    targets: np.ndarray[Any, Any]  # [2, S]: targets by segment; those of them that are control tokens
+    targets: np.ndarray[Any, Any]  # [2, S]: targets by segment; those of them that the teacher is not asked for
     tokens: int
     batches: int  # micro-batches that hold at least one row
 
@@ -55,12 +58,22 @@ class MicroBatch:
 
 
 def count_targets(
-    input_ids: Sequence[int], segment_ids: Sequence[int], control_ids: frozenset[int]
+    input_ids: Sequence[int],
+    segment_ids: Sequence[int],
+    control_ids: frozenset[int],
+    teacher_tokens: Sequence[int] | None = None,
 ) -> np.ndarray[Any, Any]:
-    """[2, S] targets of a row by segment, and those that are control tokens; its first token is no target."""
+    """[2, S] targets of a row by segment, and those the teacher is not asked for; its first token is no target.
+
+    Control tokens are not asked for and, with `teacher_tokens` (see `PackedRow`), neither are targets that the teacher
+    does not predict: it has no such token, or has it first.
+    """
     segments = np.asarray(segment_ids[1:], dtype=np.int64)
-    control = segments[np.isin(input_ids[1:], list(control_ids))]
-    return np.stack([np.bincount(segments, minlength=SEGMENTS), np.bincount(control, minlength=SEGMENTS)])
+    untaught = np.isin(input_ids[1:], list(control_ids))
+    if teacher_tokens is not None:
+        untaught |= np.asarray(teacher_tokens[1:], dtype=np.int64) <= 0
+    counted = (segments, segments[untaught])
+    return np.stack([np.bincount(which, minlength=SEGMENTS) for which in counted])
 
 
 def pack(lengths: Sequence[int] | np.ndarray[Any, Any], max_length: int, seed: int = 0) -> list[list[int]]:
@@ -97,15 +110,19 @@ def pack(lengths: Sequence[int] | np.ndarray[Any, Any], max_length: int, seed: i
 
 
 def collate(
-    sequences: Sequence[Sequence[PackedRow]], totals: StepTotals, max_length: int, pad_id: int
+    sequences: Sequence[Sequence[PackedRow]], totals: StepTotals, max_length: int, pad_id: int, teacher: bool = False
 ) -> dict[str, Tensor]:
     """The batch contract, [B, T] each; targets are shifted here, once, and never reach across rows.
+
+    Rows that the teacher reads in a view of its own add teacher_input_ids and teacher_position_ids [B, U], the same
+    rows in the same sequences, and teacher_tokens [B, T]: the flat place (b U + u) of the teacher's token with the same
+    content, or -1. `teacher` adds these keys to a batch without rows too.
 
     Padding has position 0 at every token: transformers derives the block mask from `position_ids`, so each
     pad token is a row of its own and attends to itself alone (a fully masked row would give NaN).
     """
     longest = max((sum(len(row.input_ids) for row in rows) for rows in sequences), default=0)
-    width = min(max(-(-longest // _MULTIPLE) * _MULTIPLE, _MULTIPLE), max(max_length, longest))
+    width = min(_rounded(longest), max(max_length, longest))
     shape = (max(len(sequences), 1), width)
     filled = {
         "input_ids": pad_id,
@@ -118,7 +135,7 @@ def collate(
     arrays = {name: np.full(shape, value, dtype=np.int64) for name, value in filled.items()}
     for b, rows in enumerate(sequences):
         start = 0
-        for row_id, ids, segments in rows:
+        for row_id, ids, segments, *_ in rows:
             end = start + len(ids)
             arrays["input_ids"][b, start:end] = ids
             arrays["position_ids"][b, start:end] = np.arange(len(ids))
@@ -127,6 +144,8 @@ def collate(
             arrays["target_ids"][b, start : end - 1] = ids[1:]
             arrays["target_segments"][b, start : end - 1] = segments[1:]
             start = end
+    if teacher or any(row.teacher_ids is not None for rows in sequences for row in rows):
+        arrays |= _teacher_arrays(sequences, shape, pad_id)
     batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
     batch["step_targets"] = torch.from_numpy(np.asarray(totals.targets, dtype=np.int64))
     batch["step_tokens"] = torch.tensor(totals.tokens)
@@ -134,17 +153,53 @@ def collate(
     return batch
 
 
+def _teacher_arrays(
+    sequences: Sequence[Sequence[PackedRow]], shape: tuple[int, int], pad_id: int
+) -> dict[str, np.ndarray[Any, Any]]:
+    """What the teacher reads of a batch [B, U], and where it has the student's tokens [B, T]."""
+    # Within max_length are the student's sequences; the teacher's are as long as its template makes them.
+    longest = max((sum(len(_as_read(row)[0]) for row in rows) for rows in sequences), default=0)
+    width = _rounded(longest)
+    ids = np.full((shape[0], width), pad_id, dtype=np.int64)
+    positions = np.zeros((shape[0], width), dtype=np.int64)
+    tokens = np.full(shape, -1, dtype=np.int64)
+    for b, rows in enumerate(sequences):
+        start = at = 0
+        for row in rows:
+            read, places = _as_read(row)
+            end, after = start + len(row.input_ids), at + len(read)
+            ids[b, at:after] = read
+            positions[b, at:after] = np.arange(len(read))
+            tokens[b, start:end] = np.where(places < 0, -1, places.astype(np.int64) + (b * width + at))
+            start, at = end, after
+    return {"teacher_input_ids": ids, "teacher_position_ids": positions, "teacher_tokens": tokens}
+
+
+def _as_read(row: PackedRow) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    assert row.teacher_ids is not None, "a batch is read in one view"
+    assert row.teacher_tokens is not None
+    return row.teacher_ids, row.teacher_tokens
+
+
+def _rounded(length: int) -> int:
+    return max(-(-length // _MULTIPLE), 1) * _MULTIPLE
+
+
 class PackedRows(Dataset[dict[str, Tensor]]):
     """Turns planned micro-batches into tensors.
 
     Args:
-        table: A `datasets.Dataset` with `input_ids` and `segment_ids`, or None when plans carry the rows.
+        table: A `datasets.Dataset` with `input_ids` and `segment_ids`, and `teacher_ids` and `teacher_tokens` if the
+            teacher has a view of its own; or None when plans carry the rows.
         max_length: Longest sequence.
         pad_id: Token id of padding.
+        teacher: Without a table, whether the rows are for a teacher with a view of its own.
     """
 
-    def __init__(self, table: Any | None, max_length: int, pad_id: int) -> None:
-        self.table = None if table is None else table.select_columns(["input_ids", "segment_ids"]).with_format("arrow")
+    def __init__(self, table: Any | None, max_length: int, pad_id: int, teacher: bool = False) -> None:
+        self.teacher = teacher if table is None else "teacher_ids" in table.column_names
+        self.columns = [name for name in PackedRow._fields[1:] if self.teacher or not name.startswith("teacher_")]
+        self.table = None if table is None else table.select_columns(self.columns).with_format("arrow")
         self.max_length = max_length
         self.pad_id = pad_id
 
@@ -153,7 +208,7 @@ class PackedRows(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, plan: MicroBatch) -> dict[str, Tensor]:
         sequences = self._fetch(plan.sequences) if self.table is not None else plan.sequences
-        return collate(sequences, plan.totals, self.max_length, self.pad_id)  # type: ignore[arg-type]
+        return collate(sequences, plan.totals, self.max_length, self.pad_id, self.teacher)  # type: ignore[arg-type]
 
     def _fetch(self, sequences: Any) -> list[list[PackedRow]]:
         """Reads the rows of all sequences in one query."""
@@ -161,8 +216,8 @@ class PackedRows(Dataset[dict[str, Tensor]]):
         if not wanted:
             return []
         columns = self.table[wanted]  # type: ignore[index]
-        ids, segments = ([value.values.to_numpy() for value in columns[name]] for name in ("input_ids", "segment_ids"))
-        rows = iter(map(PackedRow, wanted, ids, segments))
+        arrays = ([value.values.to_numpy() for value in columns[name]] for name in self.columns)
+        rows = iter(map(PackedRow, wanted, *arrays))
         return [[next(rows) for _ in sequence] for sequence in sequences]
 
 

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from agri_moe.data.chat import Chat, ChatFormat
 from agri_moe.data.packing import SEGMENTS, PackedRows, StepSampler, count_targets, pack, step_loader
 from agri_moe.data.sources import RawRow, Source, hub_dataset, read_rows
+from agri_moe.data.teacher_view import TeacherRow, TeacherView
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -48,16 +49,19 @@ class Rows:
     """Usable rows. The id of a row in a batch is its position here.
 
     Args:
-        table: `datasets.Dataset` with input_ids, segment_ids and, for chat rows, their texts.
+        table: `datasets.Dataset` with input_ids, segment_ids and, for chat rows, their texts; teacher_ids and
+            teacher_tokens if the teacher has a view of its own.
         lengths: [rows] tokens of each row.
-        counts: [rows, 2, S] targets by segment, and those of them that are control tokens.
+        counts: [rows, 2, S] targets by segment, and those of them that the teacher is not asked for.
         places: [rows] the hash in [0, 1) of what must not stand in two splits.
+        aligned: [rows, 2] tokens of the answer that align with the teacher's view, and tokens of the answer.
     """
 
     table: Any
     lengths: np.ndarray[Any, Any]
     counts: np.ndarray[Any, Any]
     places: np.ndarray[Any, Any]
+    aligned: np.ndarray[Any, Any] | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -72,7 +76,8 @@ class Rows:
 
     def select(self, chosen: np.ndarray[Any, Any]) -> Rows:
         """The rows at these positions."""
-        return Rows(self.table.select(chosen), self.lengths[chosen], self.counts[chosen], self.places[chosen])
+        aligned = None if self.aligned is None else self.aligned[chosen]
+        return Rows(self.table.select(chosen), self.lengths[chosen], self.counts[chosen], self.places[chosen], aligned)
 
 
 class Loaded(NamedTuple):
@@ -83,10 +88,22 @@ class Loaded(NamedTuple):
     total: int
 
 
-def record(input_ids: list[int], segment_ids: list[int], control_ids: frozenset[int], key: str) -> Record:
+def record(
+    input_ids: list[int],
+    segment_ids: list[int],
+    control_ids: frozenset[int],
+    key: str,
+    teacher: TeacherRow | None = None,
+) -> Record:
     """A usable row as it is stored; `key` is what must not stand in two splits."""
-    counts = count_targets(input_ids, segment_ids, control_ids) if input_ids else np.zeros((2, SEGMENTS), np.int64)
-    return {
+    counts = np.zeros((2, SEGMENTS), np.int64)
+    if input_ids:
+        counts = count_targets(input_ids, segment_ids, control_ids, None if teacher is None else teacher.tokens)
+    read: Record = {}
+    if teacher is not None:
+        read = {"teacher_ids": teacher.input_ids, "teacher_tokens": teacher.tokens}
+        read |= {"aligned": teacher.aligned, "answer": teacher.answer}
+    return read | {
         "reason": "",
         "length": len(input_ids),
         "input_ids": input_ids,
@@ -97,9 +114,9 @@ def record(input_ids: list[int], segment_ids: list[int], control_ids: frozenset[
     }
 
 
-def bad_record(reason: str, control_ids: frozenset[int]) -> Record:
+def bad_record(reason: str, control_ids: frozenset[int], teacher: bool = False) -> Record:
     """A row that cannot be used."""
-    return {**record([], [], control_ids, ""), "reason": reason}
+    return {**record([], [], control_ids, "", TeacherRow([], [], 0, 0) if teacher else None), "reason": reason}
 
 
 def load(
@@ -114,11 +131,13 @@ def load(
     max_length: int,
     num_proc: int = 1,
     cache_dir: str | None = None,
+    view: TeacherView | None = None,
 ) -> Loaded:
     """Tokenises the rows of the sources, or reads them from the cache, and tells usable rows from bad ones.
 
     The cache is keyed by what the result depends on, not by pickled code: files (size and time of change),
-    tokenizer, format and `signature`. `max_length` is not in it: changing it tokenises nothing anew.
+    tokenizer, format, `signature` and the teacher's view. `max_length` and `min_aligned` are not in it: changing them
+    tokenises nothing anew.
     """
     import datasets
 
@@ -127,11 +146,13 @@ def load(
     digest = hashlib.sha256(chat.tokenizer.backend_tokenizer.to_str().encode())
     digest.update(repr((CACHE_VERSION, dataclasses.asdict(chat.format), signature)).encode())
     digest.update(repr([_stamp(source) for source in sources]).encode())
+    if view is not None:
+        digest.update(view.fingerprint.encode())
     many = num_proc > 1 and len(sources) > 1
     try:
         table = datasets.Dataset.from_generator(
             _records,
-            features=_features(texts),
+            features=_features(texts, view is not None),
             cache_dir=cache_dir,
             gen_kwargs={
                 "job": list(enumerate(sources)),
@@ -150,7 +171,7 @@ def load(
         for source in sources:  # another process hands on no cause: a damaged file tells it when it is read here
             deque(read_rows(source), maxlen=0)
         raise
-    return _sort_out(table, sources, max_length)
+    return _sort_out(table, sources, max_length, view)
 
 
 def _stamp(source: Source) -> object:
@@ -160,11 +181,14 @@ def _stamp(source: Source) -> object:
     return source, str(Path(source.name).resolve()), stat.st_size, stat.st_mtime_ns
 
 
-def _features(texts: tuple[str, ...]) -> Any:
+def _features(texts: tuple[str, ...], teacher: bool) -> Any:
     from datasets import Features, List, Value
 
     numbers = {"file": "int32", "row": "int64", "length": "int32", "place": "float64"}
     lists = {"input_ids": "int32", "segment_ids": "int8", "counts": "int32"}
+    if teacher:
+        numbers |= {"aligned": "int32", "answer": "int32"}
+        lists |= {"teacher_ids": "int32", "teacher_tokens": "int32"}
     strings = {"reason": "string"} | dict.fromkeys(texts, "large_string")
     return Features(
         {name: Value(kind) for name, kind in (numbers | strings).items()}
@@ -186,17 +210,23 @@ def _records(
                 yield {"file": file, "row": raw.number, **one}
 
 
-def _sort_out(table: Any, sources: list[Source], max_length: int) -> Loaded:
+def _sort_out(table: Any, sources: list[Source], max_length: int, view: TeacherView | None) -> Loaded:
     """Usable and rejected rows of a table of records."""
     arrow = table.with_format("arrow")[:]
     column = {name: arrow[name].to_numpy() for name in ("file", "row", "length", "place")}
-    reasons = {i: reason for i, reason in enumerate(arrow["reason"].to_pylist()) if reason}
+    reasons: dict[int, str] = {}
+    aligned = None
+    if view is not None:
+        aligned = np.stack([arrow[name].to_numpy() for name in ("aligned", "answer")], axis=1)
+        found = [too_little_aligned(a, n, view.min_aligned) for a, n in aligned.tolist()]
+        reasons = {i: reason for i, reason in enumerate(found) if reason}
+    reasons |= {i: reason for i, reason in enumerate(arrow["reason"].to_pylist()) if reason}
     reasons |= {i: too_long(n, max_length) for i, n in enumerate(column["length"].tolist()) if n > max_length}
     rejected = [Rejected(sources[column["file"][i]].name, int(column["row"][i]), reasons[i]) for i in sorted(reasons)]
     counts = [np.asarray(chunk.flatten()).reshape(-1, 2, SEGMENTS) for chunk in arrow["counts"].chunks]
     stacked = np.concatenate(counts) if counts else np.zeros((0, 2, SEGMENTS), np.int64)
     good = np.setdiff1d(np.arange(len(table)), np.array(list(reasons), dtype=np.int64))
-    rows = Rows(table, column["length"], stacked, column["place"]).select(good)
+    rows = Rows(table, column["length"], stacked, column["place"], aligned).select(good)
     total = len(
         {*zip(column["file"].tolist(), column["row"].tolist(), strict=True)}
     )  # a text has several records a row
@@ -206,6 +236,16 @@ def _sort_out(table: Any, sources: list[Source], max_length: int) -> Loaded:
 def too_long(length: int, max_length: int) -> str:
     """The reason against a row of so many tokens, empty when it fits."""
     return f"row is {length} tokens long, more than data.max_length {max_length}" if length > max_length else ""
+
+
+def too_little_aligned(aligned: int, answer: int, min_aligned: float) -> str:
+    """The reason against a row of whose answer's tokens so many align with the teacher's view, or nothing."""
+    if aligned >= min_aligned * answer:
+        return ""
+    return (
+        f"only {100 * aligned / answer:.3g}% of its answer aligns with the teacher's view, less than "
+        f"model.teacher.min_aligned {min_aligned:g}"
+    )
 
 
 def apply_policy(loaded: Loaded, key: str, policy: BadRows, max_skipped_share: float) -> str:
@@ -224,9 +264,16 @@ def apply_policy(loaded: Loaded, key: str, policy: BadRows, max_skipped_share: f
         )
     if not rejected:
         return ""
-    kinds = Counter("longer than data.max_length" if "tokens long" in r.reason else r.reason for r in rejected)
+    kinds = Counter(_kind(r.reason) for r in rejected)
     listed = "; ".join(f"{n} x {kind}" for kind, n in kinds.most_common())
     return f"{key}: {len(rejected)} of {total} rows skipped ({listed}); `preview` lists them."
+
+
+def _kind(reason: str) -> str:
+    """The reason without the row's own number."""
+    if "tokens long" in reason:
+        return "longer than data.max_length"
+    return "aligned by less than model.teacher.min_aligned" if "model.teacher.min_aligned" in reason else reason
 
 
 def bad_row(row: Rejected, count: int = 1) -> ValueError:

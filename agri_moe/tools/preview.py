@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from agri_moe.data.chat_data import ChatDataModule
     from agri_moe.data.rows import Loaded
+    from agri_moe.data.teacher_view import TeacherView
 
 # The annotations below are quoted, not postponed: the command line's parser would import what they name for `--help`.
 _LISTED = 1000  # rejected rows that are printed; the rest is counted
@@ -44,6 +45,7 @@ def preview(
         raise ValueError("preview needs --config FILE, or --data FILE and --tokenizer DIR.")
     module = ChatDataModule(**options)
     module.check()
+    module.teacher_view = None if config is None else _teacher_view(config)
     train = module.read("train")
     _print_legend(color)
     _print_rows(module, train, rows, color)
@@ -56,21 +58,43 @@ def preview(
     _print_shared(module, train, held_out)
 
 
-def _data_section(path: str) -> dict[str, Any]:
-    """The arguments of ChatDataModule in a config, whether its data section names the class or not."""
+def _section(path: str, name: str) -> Any:
+    """A section of a config; None if there is none."""
     from pathlib import Path
 
     import yaml
-    from jsonargparse import ArgumentParser
-
-    from agri_moe.data.chat_data import ChatDataModule
 
     if not Path(path).is_file():
         raise ValueError(f"config {path} does not exist.")
     try:
-        section = (yaml.safe_load(Path(path).read_text("utf-8")) or {}).get("data")
+        return (yaml.safe_load(Path(path).read_text("utf-8")) or {}).get(name)
     except (yaml.YAMLError, AttributeError) as error:
         raise ValueError(f"config {path} is no YAML mapping: {str(error).splitlines()[0]}.") from error
+
+
+def _teacher_view(path: str) -> "TeacherView | None":
+    """How the teacher of a config reads the rows; None if as the student does, or if there is no teacher."""
+    from agri_moe.data.teacher_view import TeacherView
+
+    section = _section(path, "model")
+    arguments = section.get("init_args", section) if isinstance(section, dict) else {}
+    teacher = (arguments or {}).get("teacher")
+    if not isinstance(teacher, dict) or teacher.get("view", "same") == "same":
+        return None
+    if not teacher.get("source"):
+        raise ValueError(f"config {path}: model.teacher.view {teacher['view']} needs model.teacher.source.")
+    view = TeacherView(**{name: teacher[name] for name in ("source", "view", "min_aligned") if name in teacher})
+    view.check()
+    return view
+
+
+def _data_section(path: str) -> dict[str, Any]:
+    """The arguments of ChatDataModule in a config, whether its data section names the class or not."""
+    from jsonargparse import ArgumentParser
+
+    from agri_moe.data.chat_data import ChatDataModule
+
+    section = _section(path, "data")
     if not isinstance(section, dict):
         raise ValueError(f"config {path} has no data section: preview reads data.train and data.tokenizer from it.")
     named = str(section.get("class_path", "ChatDataModule"))
@@ -102,6 +126,23 @@ def _print_rows(module: "ChatDataModule", loaded: "Loaded", rows: int, color: bo
         print(f"--- row {i}: {row['length']} tokens, {row['length'] - prompt} supervised")
         ids, segments = row["input_ids"], row["segment_ids"]
         print(module.chat.colored(ids, segments) if color else module.chat.tokenizer.decode(ids), end="\n\n")
+        if module.teacher_view is not None:
+            _print_teacher(module, row, color)
+
+
+def _print_teacher(module: "ChatDataModule", row: dict[str, Any], color: bool) -> None:
+    """A row as the teacher reads it: what has the student's colours aligns, what is grey does not."""
+    from agri_moe.data.chat import Segment
+
+    assert module.teacher_view is not None
+    ids = row["teacher_ids"]
+    segments = [int(Segment.PAD)] * len(ids)
+    for token, segment in zip(row["teacher_tokens"], row["segment_ids"], strict=True):
+        if token >= 0:
+            segments[token] = segment
+    share = row["aligned"] / row["answer"]
+    print(f"teacher, {module.teacher_view.view}: {len(ids)} tokens, {share:.1%} of the answer aligns")
+    print(module.chat.colored(ids, segments) if color else module.chat.tokenizer.decode(ids), end="\n\n")
 
 
 def _print_numbers(module: "ChatDataModule", loaded: "Loaded") -> None:
@@ -126,6 +167,9 @@ def _print_numbers(module: "ChatDataModule", loaded: "Loaded") -> None:
         f"supervised tokens: {supervised:,} of {total:,}, {supervised / total:.1%} "
         f"(thought {thought:.1%}, advisory {advisory:.1%})"
     )
+    if loaded.rows.aligned is not None:
+        aligned, answer = loaded.rows.aligned.sum(0)
+        print(f"teacher's view: {aligned / answer:.1%} of the answers' tokens align")
     sequences = pack(lengths, module.max_length, module.seed)
     fill = lengths.sum() / (len(sequences) * module.max_length)
     print(f"packing: {len(sequences):,} sequences of {module.max_length:,} tokens, {fill:.1%} full")
