@@ -47,7 +47,7 @@ TOOLS = {
     ),
     "generate": (
         "agri_moe.tools.generate:generate",
-        "answer a scenario, or a file of scenarios",
+        "answer a scenario, or a file of scenarios; or write rows to train on",
         'generate --model advisor --scenario "फसल: गेहूँ, लक्षण: पत्तियाँ पीली"',
     ),
     "corpus": (
