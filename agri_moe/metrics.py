@@ -130,6 +130,31 @@ class TeacherAgreement(_Sums):
         }
 
 
+class TermMean(_Sums):
+    """Mean of one term of the objective: its totals over its tokens (or samples).
+
+    compute() returns a float32 scalar, or None when nothing was seen.
+    """
+
+    higher_is_better = False
+    total: Tensor
+    tokens: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_sum("total")
+        self.add_sum("tokens")
+
+    def update(self, total: Tensor, tokens: Tensor) -> None:
+        """Add one micro-batch, 0-d each."""
+        self.total += total.detach()
+        self.tokens += tokens
+
+    def compute(self) -> Tensor | None:
+        """Return the mean over everything seen by all ranks."""
+        return (self.total / self.tokens).float() if self.tokens > 0 else None
+
+
 def balance_score(load_LE: Tensor) -> Tensor:
     """Normalised entropy of each layer's expert load, [L]: 1 is perfect balance, 0 a single expert.
 

@@ -15,6 +15,7 @@ from agri_moe.metrics import (
     RoutingStatistics,
     SegmentLoss,
     TeacherAgreement,
+    TermMean,
     balance_score,
     balanced_perplexity,
 )
@@ -231,3 +232,26 @@ def test_cka_matrix_undefined_entries_are_zero():
 def test_cka_matrix_across_ranks():
     torch.manual_seed(0)
     assert_ranks_agree(CKAMatrix(2, 3), [features(n) for n in (12, 40, 9)])
+
+
+def test_term_mean_by_hand_with_nothing_seen_and_across_ranks():
+    metric = TermMean()
+    assert metric.compute() is None
+    metric.update(torch.tensor(0.0), torch.tensor(0.0))  # a micro-batch with nothing to compare
+    assert metric.compute() is None
+    metric.update(torch.tensor(3.0), torch.tensor(2))
+    metric.update(torch.tensor(7.0), torch.tensor(3))
+    assert metric.compute().item() == 2.0
+    assert_ranks_agree(TermMean(), [(torch.tensor(3.0), torch.tensor(2)), (torch.tensor(1.0), torch.tensor(1))])
+
+
+def test_term_mean_counts_exactly_where_bf16_is_the_default():
+    torch.set_default_dtype(torch.bfloat16)  # as Lightning's bf16-true does while a module is built
+    try:
+        metric = TermMean()
+        for value in (1.0, 3.0):
+            for _ in range(300):
+                metric.update(torch.tensor(value), torch.tensor(1.0))
+        assert metric.compute().item() == 2.0
+    finally:
+        torch.set_default_dtype(torch.float32)

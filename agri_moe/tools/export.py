@@ -41,7 +41,8 @@ def export(
 
     path = Path(checkpoint) if checkpoint else newest_checkpoint(Path(run_root))[1]
     model, chat = load_checkpoint(path, "--checkpoint")
-    model = model.to(getattr(torch, dtype))
+    for parameter in model.parameters():  # not `model.to`, which rounds the frequencies of rotary positions too
+        parameter.data = parameter.data.to(getattr(torch, dtype))
     _set_generation(model, chat)
     partial = target.with_name(target.name + ".partial")
     if partial.exists():
