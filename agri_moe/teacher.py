@@ -1,19 +1,20 @@
 """The teacher's answer to a batch.
 
-`OnlineTeacher` runs the frozen model beside the student. What it answers is a `TeacherSignal`, so that another kind of
+`OnlineTeacher` runs a frozen model beside the student. What it answers is a `TeacherSignal`, so that another kind of
 teacher (one read from disk) can stand in its place without the objective knowing.
 
-Shapes: B batch, T sequence, M positions with KL, S sampled positions, D teacher width, V teacher vocabulary.
+Shapes: B batch, T sequence of the student, U sequence of the teacher, M positions with KL, S sampled positions, Q query
+positions of a sequence, G key-value groups, D teacher width, V teacher vocabulary.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from agri_moe.models.causal import CausalModel
+from agri_moe.losses import align_attention
+from agri_moe.models.causal import CausalModel, Reads
 
 
 @dataclass
@@ -22,13 +23,21 @@ class TeacherConfig:
 
     Args:
         source: Folder or hub name of a causal language model with the student's tokenizer.
-        view: What the teacher reads: `same` is the student's own token ids.
+        view: What the teacher reads: `same` is the student's own token ids; `native` the row in the teacher's own chat
+            template, thoughts where it puts them; `no_thought` likewise without the thought.
         dtype: Type of the teacher's weights in memory; bfloat16 halves them against float32.
+        min_aligned: A row is a bad row where a smaller share of its answer's tokens than this has a counterpart in what
+            the teacher reads.
     """
 
     source: str
-    view: Literal["same"] = "same"
+    view: Literal["same", "native", "no_thought"] = "same"
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    min_aligned: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_aligned <= 1:
+            raise ValueError(f"model.teacher.min_aligned must be in [0, 1], not {self.min_aligned}.")
 
 
 class TeacherSignal(NamedTuple):
@@ -36,7 +45,8 @@ class TeacherSignal(NamedTuple):
 
     hidden_MD: Tensor  # final hidden states at the positions with KL
     head_VD: Tensor  # the head that turns them into logits
-    layers: list[Tensor]  # one [S, D] per mapped layer: the residual stream at the sampled positions
+    layers: dict[int, Tensor]  # layer -> [S, D], the residual stream at the sampled positions
+    attention: dict[int, Tensor]  # layer -> [B, G, Q, T], attention over the tokens of the student's sequence
 
 
 class OnlineTeacher:
@@ -47,23 +57,35 @@ class OnlineTeacher:
 
     Args:
         model: The teacher, already on its device.
-        layers: Which layers' residual streams the objective asks for.
     """
 
-    def __init__(self, model: CausalModel, layers: Sequence[int]):
+    def __init__(self, model: CausalModel):
         self.model = model.eval().requires_grad_(False)
-        self.layers = layers
 
     def to(self, device: torch.device) -> None:
         """Move the weights; Lightning does not, since it does not know of this model."""
         self.model.to(device)
 
+    def signal(self, batch: dict[str, Tensor], reads: Reads) -> TeacherSignal:
+        """The teacher's answer at the positions that `Objective.select` has chosen for it, in its own view."""
+        view = "teacher_" if "teacher_input_ids" in batch else ""
+        own = {"input_ids": batch[f"{view}input_ids"], "position_ids": batch[f"{view}position_ids"]}
+        own["sample"] = batch["teacher_sample"]
+        if reads.attention:
+            own["queries"] = batch["teacher_queries"]
+        signal = self._ask(own, batch["teacher_positions"], reads)
+        # Brought to the tokens of the student's sequence, whatever the view.
+        attention = {i: align_attention(seen, batch["key_tokens"]) for i, seen in signal.attention.items()}
+        return signal._replace(attention=attention)
+
+    def anchor(self, batch: dict[str, Tensor], reads: Reads) -> TeacherSignal:
+        """Residual streams where the student's are sampled, of a model that reads what the student reads."""
+        return self._ask(batch, batch["positions"][:0], reads)
+
     @torch.no_grad()
-    def signal(self, batch: dict[str, Tensor]) -> TeacherSignal:
-        """The teacher's answer at `batch["positions"]` (its first M) and `batch["sample"]`."""
-        kl_positions = batch["positions"][: batch["kl_targets"].shape[0]]
+    def _ask(self, batch: dict[str, Tensor], positions: Tensor, reads: Reads) -> TeacherSignal:
         # Autocast would run the bfloat16 teacher's matrix products as they are, but cast its float32 ones.
-        with torch.autocast(kl_positions.device.type, enabled=False):
-            out = self.model(batch, kl_positions, lambda hidden, head: (hidden, head), layers=self.layers)
+        with torch.autocast(positions.device.type, enabled=False):
+            out = self.model(batch, positions, lambda hidden, head: (hidden, head), reads)
         hidden_MD, head_VD = out.read
-        return TeacherSignal(hidden_MD, head_VD, out.layers)
+        return TeacherSignal(hidden_MD, head_VD, out.layers, out.attention)

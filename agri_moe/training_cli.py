@@ -61,6 +61,8 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print one sentence and exit with status 2."""
+        if not self.exit_on_error:  # an inner parser that tries one of several types
+            super().error(message, ex)
         fail(one_sentence(message, ex, self.given))
 
 
@@ -107,6 +109,8 @@ class TrainingCLI(LightningCLI):
         """Find what is wrong with settings, sources and rows before anything heavy is loaded."""
         self.datamodule.check()
         self.model.check(self.datamodule.chat)
+        if self.subcommand == "fit":
+            self.model.check_steps(self.trainer.max_steps)
 
     # ------------------------------------------------------------------ fit
 

@@ -55,8 +55,34 @@ def dense(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
-    """A wider and deeper dense checkpoint with the same tokenizer."""
-    return _dense(tmp_path_factory.mktemp("teacher") / "teacher", corpus, hidden_size=48, num_hidden_layers=4)
+    """A wider and deeper dense checkpoint with the same tokenizer, and a chat template in Qwen3's form."""
+    folder = _dense(tmp_path_factory.mktemp("teacher") / "teacher", corpus, hidden_size=48, num_hidden_layers=4)
+    (folder / "chat_template.jinja").write_text(
+        "{% for message in messages %}[{{ message.role }}]\n"
+        "{% if message.reasoning_content %}<think>\n{{ message.reasoning_content }}\n</think>\n\n{% endif %}"
+        "{{ message.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant]\n{% endif %}"
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chat(corpus: Path) -> Any:
+    """The corpus' tokenizer with its markers."""
+    from agri_moe.data.chat import Chat
+
+    return Chat.load(str(corpus / "tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def rows(chat: Any) -> list[Any]:
+    """Twelve encoded rows."""
+    import numpy as np
+
+    from agri_moe.data.packing import PackedRow
+    from agri_moe.data.synthetic import make_rows
+
+    encoded = [chat.encode(row) for row in make_rows(12, seed=1, split="train")]
+    return [PackedRow(i, np.array(e.input_ids), np.array(e.segment_ids)) for i, e in enumerate(encoded)]
 
 
 @pytest.fixture

@@ -128,8 +128,8 @@ def test_truncated_parquet(capsys, no_models, distill_config, corpus):
         ("--trainer.max_stepz=2", "max_stepz"),
         ("--model.objective.kl.weight=heavy", "objective.kl.weight"),
         ("--model.objective.kl.weight=-1", "objective.kl.weight"),
-        ("--model.objective.attention.weight=1", "attention"),
-        ("--model.teacher.view=native", "view"),
+        ("--model.objective.attentoin.weight=1", "attentoin"),
+        ("--model.teacher.view=sideways", "view"),
         ("--model.student.upcycle.num_experts=0", "num_experts"),
         ("--model.freeze=[nothing_like_it]", "nothing_like_it"),
     ],
@@ -248,6 +248,7 @@ def test_the_main_job(undisturbed, distill_config, tmp_path, capsys, monkeypatch
     assert len(answers) == 24
     assert {"scenario", "generated_thought", "generated_advisory", "stop_reason"} <= answers[0].keys()
 
+    main(["export", "--output", "rounded"])  # to bfloat16
     main(["export", "--output", "advisor", "--dtype", "float32"])
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -21,6 +21,11 @@ def test_there_are_configs():
         "dense.yaml",
         "distilled.yaml",
         "control.yaml",
+        "representation.yaml",
+        "stages.yaml",
+        "curriculum.yaml",
+        "on_policy.yaml",
+        "sequence_level.yaml",
     }
 
 
@@ -56,29 +61,76 @@ def test_demo_configs_share_rows_and_batches():
     assert options[0]["student"] == options[1]["network"]
 
 
-def test_the_real_config_runs_on_small_checkpoints_of_the_family(dense, teacher, corpus, tmp_path):
-    cli = main(
+def fit(name, dense, teacher, corpus, tmp_path, *more):
+    """Two steps of a shipped config, on small checkpoints of the family."""
+    model = "network" if name == "sequence_level" else "student"
+    teachers = [] if model == "network" else [f"--model.teacher.source={teacher}"]
+    return main(
         [
             "fit",
-            f"--config={CONFIGS / 'distill.yaml'}",
-            f"--model.student.source={dense}",
-            f"--model.teacher.source={teacher}",
+            f"--config={CONFIGS / name}.yaml",
+            f"--model.{model}.source={dense}",
+            *teachers,
             f"--data.train={corpus / 'train.parquet'}",
             f"--data.validation={corpus / 'validation.parquet'}",
             f"--data.tokenizer={corpus / 'tokenizer'}",
             f"--data.cache_dir={tmp_path / 'cache'}",
+            "--data.max_length=512",
             "--data.tokens_per_batch=2048",
             "--data.num_workers=0",
             "--trainer.accelerator=cpu",
             f"--trainer.default_root_dir={tmp_path}",
             "--trainer.max_steps=2",
+            "--trainer.val_check_interval=4",
+            "--trainer.check_val_every_n_epoch=null",
             "--trainer.limit_val_batches=1",
+            "--trainer.log_every_n_steps=1",
             "--trainer.enable_progress_bar=false",
+            *more,
         ]
     )
+
+
+def test_the_real_config_runs(dense, teacher, corpus, tmp_path):
+    cli = fit("distill", dense, teacher, corpus, tmp_path)
     assert cli.trainer.global_step == 2
     trained = {name for name, p in cli.model.model.hf.named_parameters() if p.requires_grad}
     assert trained
     assert not any("self_attn" in name or "norm" in name for name in trained)
     assert cli.model.model.hf.is_gradient_checkpointing
     assert str(cli.model.teacher.model.hf.dtype) == "torch.bfloat16"
+    assert cli.datamodule.aligned_share > 0.9
+
+
+def test_every_way_of_comparing_runs(dense, teacher, corpus, tmp_path):
+    cli = fit("representation", dense, teacher, corpus, tmp_path)
+    for term in ("ce", "kl", "cka", "attention", "diversity", "anchor_cka"):
+        assert cli.trainer.callback_metrics[f"train/{term}"].isfinite()
+        assert cli.trainer.callback_metrics[f"val/{term}"].isfinite()
+    assert cli.trainer.callback_metrics["val/diversity/layer_01"].isfinite()
+    assert (cli.run.folder / "attention" / "step=00000002.npz").exists()
+
+
+def test_stages_run(dense, teacher, corpus, tmp_path):
+    config = CONFIGS / "stages.yaml"
+    stages = yaml.safe_load(config.read_text())["model"]["init_args"]["stages"]
+    stages[0]["steps"] = 1
+    cli = fit("stages", dense, teacher, corpus, tmp_path, f"--model.stages={stages}")
+    assert cli.model.stage_index == 1
+    assert all(p.requires_grad for p in cli.model.model.hf.parameters())
+
+
+def test_the_curriculum_runs(dense, teacher, corpus, tmp_path):
+    metrics = fit("curriculum", dense, teacher, corpus, tmp_path).trainer.callback_metrics
+    assert 1.0 < metrics["train/temperature"] < 2.0
+    assert metrics["train/teacher_entropy"] > 0
+
+
+def test_on_policy_runs(dense, teacher, corpus, tmp_path):
+    few = ("--model.on_policy.share=1.0", "--model.on_policy.max_new_tokens=8", "--model.on_policy.rows=2")
+    cli = fit("on_policy", dense, teacher, corpus, tmp_path, *few)
+    assert cli.trainer.global_step == 2
+
+
+def test_rows_written_by_a_teacher_are_learned(dense, teacher, corpus, tmp_path):
+    assert fit("sequence_level", dense, teacher, corpus, tmp_path).trainer.global_step == 2

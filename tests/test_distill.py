@@ -10,29 +10,17 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from agri_moe.data.chat import Chat
-from agri_moe.data.packing import PackedRow, StepTotals, collate, count_targets
+from agri_moe.data.packing import StepTotals, collate, count_targets
 from agri_moe.models.causal import CausalModel, start_rows
 from agri_moe.models.checkpoint_files import load_config
 from agri_moe.models.distill import DistillModule
 from agri_moe.models.source import StudentConfig, check_vocabulary, untrained_markers
 from agri_moe.models.upcycle import UpcycleSpec, load_upcycled
-from agri_moe.objective import CKA, KL, Balance, CrossEntropy, Objective, RouterZ
+from agri_moe.objective import Objective
 from agri_moe.teacher import OnlineTeacher, TeacherConfig
+from agri_moe.terms import CKA, KL, Balance, CrossEntropy, RouterZ
 
 SPEC = UpcycleSpec(num_experts=4, num_experts_per_tok=2, jitter=0.3)
-
-
-@pytest.fixture(scope="module")
-def chat(corpus):
-    return Chat.load(str(corpus / "tokenizer"))
-
-
-@pytest.fixture(scope="module")
-def rows(chat):
-    from agri_moe.data.synthetic import make_rows
-
-    encoded = [chat.encode(row) for row in make_rows(12, seed=1, split="train")]
-    return [PackedRow(i, np.array(e.input_ids), np.array(e.segment_ids)) for i, e in enumerate(encoded)]
 
 
 def make_module(chat, dense, teacher, objective, replicas=1, dtype=torch.float32, **options) -> DistillModule:
@@ -48,8 +36,7 @@ def make_module(chat, dense, teacher, objective, replicas=1, dtype=torch.float32
     module.build(hf)
     t = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
     start_rows(t, chat.new_marker_pieces)
-    object.__setattr__(module, "teacher", OnlineTeacher(CausalModel(t), [1, 3]))
-    module.student_layers = [0, 1]
+    object.__setattr__(module, "teacher", OnlineTeacher(CausalModel(t)))
     module.__dict__["replicas"] = replicas
     module.__dict__["control_ids"] = sorted(chat.control_ids)
     return module
@@ -68,9 +55,9 @@ def gradients(module, chat, micro_batches, all_rows):
     for sequences in micro_batches:
         batch = collate(sequences, step, 2048, chat.pad_id)
         batch = module.on_before_batch_transfer(batch, 0)
-        out = module.learn(batch, module.teacher.signal(batch), module.student_layers)
+        out = module.learn(batch, *module.signals(batch, module.objective))
         (out["loss"] / module.replicas).backward()
-    values = {n: t / c for n, (t, c) in module._step_terms.items()}
+    values = {n: sums[0] / sums[1] for n, sums in module._step_terms.items()}
     module._step_terms.clear()
     return values, {n: p.grad.clone() for n, p in module.model.named_parameters() if p.grad is not None}
 
@@ -196,7 +183,6 @@ def test_equal_teacher_gives_zero_kl_and_perfect_cka(chat, rows, dense):
     module = make_module(chat, dense, dense, objective)
     module.build(load_upcycled(str(dense), spec, dtype=torch.float32))
     start_rows(module.model.hf, chat.new_marker_pieces)
-    module.teacher.layers = [0, 1]
     values, _ = gradients(module, chat, [[rows]], rows)
     assert abs(values["kl"].item()) < 1e-5
     assert abs(values["cka"].item()) < 1e-4
@@ -255,6 +241,17 @@ def test_a_frozen_part_gets_no_gradient_and_does_not_move(chat, rows, dense, tea
     moved = {n for n, v in module.model.state_dict().items() if not torch.equal(v, before[n])}
     assert moved
     assert not any("self_attn" in n or "norm" in n for n in moved)
+
+
+def test_a_bf16_module_keeps_the_positions_of_its_rotary_embedding(chat, dense, teacher):
+    module = make_module(chat, dense, teacher, ALL)
+    rotary = module.model.hf.model.rotary_emb
+    before = rotary.inv_freq.clone()
+    module.to(torch.bfloat16)
+    assert module.model.hf.model.embed_tokens.weight.dtype == torch.bfloat16
+    assert rotary.inv_freq.dtype == torch.float32
+    assert torch.equal(rotary.inv_freq, before)
+    assert torch.equal(module.model.hf.model.rotary_emb.original_inv_freq, before)
 
 
 # ---------------------------------------------------------------------- vocabulary and markers

@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from agri_moe.callbacks.figures import log_figure, run_folder
 from agri_moe.metrics import CKAMatrix
-from agri_moe.models.causal import CausalModel
+from agri_moe.models.causal import CausalModel, Reads
 from agri_moe.models.distill import DistillModule
 
 
@@ -37,9 +37,10 @@ class CKAMonitor(lightning.Callback):
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Refuse a module that has no teacher."""
-        if not isinstance(pl_module, DistillModule):
+        if not isinstance(pl_module, DistillModule) or not pl_module.uses_teacher:
             raise ValueError(
-                "CKAMonitor compares with a teacher, which only DistillModule has; take it out of trainer.callbacks."
+                "CKAMonitor compares with a teacher, which only DistillModule has, where the objective asks it; "
+                "take it out of trainer.callbacks."
             )
 
     def on_validation_batch_end(
@@ -55,10 +56,11 @@ class CKAMonitor(lightning.Callback):
         if batch_idx >= self.batches or trainer.sanity_checking:
             return
         assert isinstance(pl_module, DistillModule)
-        student, teacher = pl_module.model, pl_module.teacher.model
+        student, teacher = pl_module.model, pl_module.teacher
         if self._matrix is None:
-            self._matrix = CKAMatrix(student.num_layers, teacher.num_layers).to(pl_module.device)
-        self._matrix.update(residual_streams(student, batch), residual_streams(teacher, batch))
+            self._matrix = CKAMatrix(student.num_layers, teacher.model.num_layers).to(pl_module.device)
+        streams = teacher.signal(batch, Reads(layers=range(teacher.model.num_layers))).layers
+        self._matrix.update(residual_streams(student, batch), list(streams.values()))
 
     def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Write the matrix down."""
@@ -73,7 +75,8 @@ class CKAMonitor(lightning.Callback):
 @torch.no_grad()
 def residual_streams(model: CausalModel, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     """The residual stream after every layer at the batch's sampled positions, one [S, D] each."""
-    return model(batch, batch["sample"], lambda hidden, head: None, layers=range(model.num_layers)).layers
+    reads = Reads(layers=range(model.num_layers))
+    return list(model(batch, batch["sample"][:0], lambda hidden, head: None, reads).layers.values())
 
 
 @rank_zero_only

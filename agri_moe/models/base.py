@@ -5,28 +5,30 @@ Shapes: B batch, T sequence, N supervised positions, M of them with KL, L layers
 
 import math
 import os
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, cast
 
 import lightning
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torchmetrics import MeanMetric, MetricCollection
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from agri_moe.data.chat import Chat, Segment
 from agri_moe.generation import generate
 from agri_moe.losses import Routing, routing, token_statistics
-from agri_moe.metrics import RoutingStatistics, SegmentLoss, TeacherAgreement, balanced_perplexity
+from agri_moe.metrics import RoutingStatistics, SegmentLoss, TeacherAgreement, TermMean, balanced_perplexity
 from agri_moe.models.causal import CausalModel, shard
 from agri_moe.models.source import ModelConfig, check_vocabulary
-from agri_moe.objective import Batch, Objective, Term
+from agri_moe.models.upcycle import is_moe
+from agri_moe.objective import Batch, Objective, Plan, Running, Term
+from agri_moe.schedules import Moment
+from agri_moe.stages import Stage, StageSettings, check_total, settings, spans, stage_at, trained_summary
 from agri_moe.teacher import TeacherSignal
 
 
@@ -59,6 +61,8 @@ class LanguageModule(lightning.LightningModule, ABC):
         freeze: Regular expressions; parameters whose name matches one (`re.search`) are not trained.
         learning_rate_multipliers: Regular expression -> factor on the learning rate; the first that matches a
             parameter's name counts, 0 freezes.
+        stages: Parts of the run with settings of their own, one after the other; each is as if a new run had begun
+            from the weights that the one before it left, only that the rows go on. None is one stage.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
         max_new_tokens: Where `predict` cuts answers off.
     """
@@ -74,18 +78,27 @@ class LanguageModule(lightning.LightningModule, ABC):
         optimizer: OptimizerConfig | None = None,
         freeze: list[str] | None = None,
         learning_rate_multipliers: dict[str, float] | None = None,
+        stages: list[Stage] | None = None,
         gradient_checkpointing: bool = False,
         max_new_tokens: int = 512,
     ):
         super().__init__()
-        self.objective = objective or Objective()
-        self.learning_rate = learning_rate
         self.optimizer_config = optimizer or OptimizerConfig()
-        self.freeze_patterns = freeze or []
-        self.learning_rate_multipliers = learning_rate_multipliers or {}
+        self.stage_config = stages
+        self.stages = settings(
+            stages,
+            objective=objective or Objective(),
+            learning_rate=learning_rate,
+            warmup_steps=self.optimizer_config.warmup_steps,
+            freeze=freeze or [],
+            multipliers=learning_rate_multipliers or {},
+        )
         self.gradient_checkpointing = gradient_checkpointing
         self.max_new_tokens = max_new_tokens
-        self._step_terms: dict[str, tuple[Tensor, Tensor]] = {}
+        self._step_terms: dict[str, Tensor] = {}
+        self._spans: list[range] | None = None  # of the stages, while fitting
+        self._entered: int | None = None
+        self._resting: list[Tensor] = []
 
     # ------------------------------------------------------------------ what a module has to say
 
@@ -107,11 +120,40 @@ class LanguageModule(lightning.LightningModule, ABC):
         """
         config = self.model_config.hf_config(self.model_key, chat)
         check_vocabulary(self.model_config.source, config, chat, f"{self.model_key}.source")
+        if any(objective.uses("diversity") for objective in self.objectives) and not is_moe(config):
+            raise ValueError(
+                f"objective.diversity compares experts, and {self.model_key} has none: set its weight to 0."
+            )
         with torch.device("meta"):
             names = [name for name, _ in AutoModelForCausalLM.from_config(config).named_parameters()]
-        scales = self.learning_rate_scales(names)
-        if not any(scales.values()):
-            raise ValueError("model.freeze leaves nothing to train; take a pattern out.")
+        for stage in self.stages:
+            if not any(stage.scales(names).values()):
+                raise ValueError(
+                    "model.freeze leaves nothing to train; take a pattern out."
+                    if self.stage_config is None
+                    else f"{stage.key} trains nothing; take a pattern out of what it freezes."
+                )
+
+    def check_steps(self, max_steps: int) -> None:
+        """Find stages that are longer than the run, as far as that shows before any row is read.
+
+        Args:
+            max_steps: As the trainer has it; -1 if epochs end the run.
+
+        Raises:
+            ValueError: If they are.
+        """
+        if self.stage_config and max_steps > 0:
+            check_total(self.stage_config, max_steps)
+
+    @property
+    def teacher_layers(self) -> int:
+        """Layers of the model that is compared with; 0 where there is none."""
+        return 0
+
+    def projections(self, student: PreTrainedConfig) -> dict[tuple[int, int], int]:
+        """Pairs of layers whose widths differ -> the other model's width, where the objective compares them."""
+        return {}
 
     # ------------------------------------------------------------------ building
 
@@ -127,6 +169,9 @@ class LanguageModule(lightning.LightningModule, ABC):
             )
         if not hasattr(self, "model"):
             self.check(self.chat)
+        self._spans = self._entered = None
+        if stage == "fit":
+            self._spans = self._stage_spans()
 
     def configure_model(self) -> None:
         """Load the model and mark what is trained. Called by Lightning, once per stage; loads once."""
@@ -142,70 +187,91 @@ class LanguageModule(lightning.LightningModule, ABC):
 
     def build(self, hf: PreTrainedModel) -> None:
         """Take `hf` as the model: freeze, shard, and set up the metrics that depend on its shape."""
-        self.model = CausalModel(hf.train())
-        scales = self.learning_rate_scales([name for name, _ in hf.named_parameters()])
-        for name, parameter in hf.named_parameters():
-            parameter.requires_grad_(scales[name] > 0)
+        self.model = CausalModel(hf.train(), self.projections(hf.config))
+        self.plans = [objective.plan(self.model.num_layers, self.teacher_layers) for objective in self.objectives]
+        factors = self._learning_rate_factors()
+        for name, parameter in self._parameters_by_name().items():
+            parameter.requires_grad_(any(factors[name]))
         if self.device_mesh is not None:
             precision = str(self.trainer.precision)
             shard(self.model, self.device_mesh["data_parallel"], torch.bfloat16 if "bf16" in precision else None)
-        self.val_loss = SegmentLoss({name: Segment[name.upper()] for name in self.objective.ce.segments})
+        segments = dict.fromkeys(name for objective in self.objectives for name in objective.ce.segments)
+        self.val_loss = SegmentLoss({name: Segment[name.upper()] for name in segments})
         self.val_teacher = TeacherAgreement()
-        self.val_terms = MetricCollection(
-            {name: MeanMetric() for name in ("cka", "balance", "router_z")}, compute_groups=False
+        self.running_means = nn.ModuleList(
+            nn.ModuleDict(objective.running(plan)) for objective, plan in zip(self.objectives, self.plans, strict=True)
         )
+        self.val_terms = nn.ModuleDict({name: TermMean() for name in self._evaluated_terms()})
         if self.model.routers:
             self.val_routing = RoutingStatistics(len(self.model.routers), self.model.num_experts)
 
-    def learning_rate_scales(self, names: Sequence[str]) -> dict[str, float]:
-        """Factor on the learning rate for each parameter name; 0 means frozen.
+    def _evaluated_terms(self) -> list[str]:
+        """Names of the terms that are validated: each as a whole, and by layer of the student where it has layers."""
+        names = ["balance", "router_z"] if self.model.routers else []
+        for objective, plan in zip(self.objectives, self.plans, strict=True):
+            layers = {name: [student for student, _ in pairs] for name, pairs in plan.pairs.items()}
+            if objective.uses("diversity"):
+                layers["diversity"] = list(range(len(self.model.routers)))
+            names += layers
+            names += [layer_name(name, layer) for name in layers for layer in layers[name]]
+        return list(dict.fromkeys(names))
 
-        Raises:
-            ValueError: If a pattern matches no name, or is no regular expression.
-        """
-        rules = [(pattern, 0.0, "freeze") for pattern in self.freeze_patterns]
-        rules += [(p, s, "learning_rate_multipliers") for p, s in self.learning_rate_multipliers.items()]
-        for pattern, scale, key in rules:
-            try:
-                matches = any(re.search(pattern, name) for name in names)
-            except re.error as error:
-                raise ValueError(f"model.{key}: {pattern!r} is no regular expression ({error}).") from None
-            if not matches:
-                raise ValueError(
-                    f"model.{key}: {pattern!r} matches no parameter; names look like {names[len(names) // 2]}."
-                )
-            if scale < 0:
-                raise ValueError(f"model.{key}: the factor of {pattern!r} must not be negative.")
-        return {name: next((scale for pattern, scale, _ in rules if re.search(pattern, name)), 1.0) for name in names}
+    def _learning_rate_factors(self) -> dict[str, tuple[float, ...]]:
+        """Factors on the learning rate for each parameter name, one per stage; 0 means frozen there."""
+        names = [name for name, _ in self.model.hf.named_parameters()]
+        by_stage = [stage.scales(names) for stage in self.stages]
+        # A projection belongs to a term of the objective, and is no part of what patterns choose from.
+        used = [{f"projections.{i}_{j}.weight" for i, j in plan.pairs.get("hidden", [])} for plan in self.plans]
+        projections = {
+            name: tuple(float(name in stage) for stage in used)
+            for name, _ in self.model.projections.named_parameters("projections")
+        }
+        return {name: tuple(scales[name] for scales in by_stage) for name in names} | projections
+
+    def _parameters_by_name(self) -> dict[str, nn.Parameter]:
+        """The model's by their Hugging Face names, and the projections."""
+        return dict(self.model.hf.named_parameters()) | dict(self.model.projections.named_parameters("projections"))
 
     def configure_optimizers(self) -> Any:
-        """AdamW over groups of (learning-rate factor, decayed or not), warm-up and cosine by step."""
-        settings = self.optimizer_config
-        named = {n: p for n, p in self.model.hf.named_parameters() if p.requires_grad}
-        scales = self.learning_rate_scales([name for name, _ in self.model.hf.named_parameters()])
-        groups: dict[tuple[float, bool], list[Tensor]] = {}
-        for name, parameter in named.items():
-            groups.setdefault((scales[name], parameter.ndim > 1), []).append(parameter)
-        optimizer = torch.optim.AdamW(
-            [
-                {
-                    "params": parameters,
-                    "lr": self.learning_rate * scale,
-                    "weight_decay": settings.weight_decay if decayed else 0.0,
-                }
-                for (scale, decayed), parameters in groups.items()
-            ],
-            betas=settings.betas,
-            fused=True,
-        )
-        schedule = partial(
-            warmup_cosine,
-            warmup=settings.warmup_steps,
-            total=self.total_steps(),
-            final=settings.final_learning_rate,
-        )
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+        """One AdamW for all stages over groups of (learning-rate factors, decayed or not); warm-up and cosine by step.
+
+        What no stage trains is in no group. A learning rate is a function of the optimizer step alone, so that a run
+        resumes exactly in the middle of a stage.
+        """
+        factors = self._learning_rate_factors()
+        members: dict[tuple[tuple[float, ...], bool], list[Tensor]] = {}
+        for name, parameter in self._parameters_by_name().items():
+            if any(factors[name]):
+                members.setdefault((factors[name], parameter.ndim > 1), []).append(parameter)
+        groups: list[dict[str, Any]] = []
+        lambdas: list[Callable[[int], float]] = []
+        for (scales, decayed), parameters in members.items():
+            peaks = [stage.learning_rate * scale for stage, scale in zip(self.stages, scales, strict=True)]
+            first = next((peak for peak in peaks if peak), 1.0)
+            decay = self.optimizer_config.weight_decay if decayed else 0.0
+            groups.append({"params": parameters, "lr": first, "weight_decay": decay})
+            lambdas.append(partial(self._schedule, [peak / first for peak in peaks], self._stage_spans()))
+        optimizer = torch.optim.AdamW(groups, betas=self.optimizer_config.betas, fused=True)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambdas)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _schedule(self, peaks: Sequence[float], spans: Sequence[range], step: int) -> float:
+        """Warm-up and cosine over the stage that has this step, times that stage's peak."""
+        index = stage_at(spans, step)
+        return peaks[index] * warmup_cosine(
+            step - spans[index].start,
+            warmup=self.stages[index].warmup_steps,
+            total=len(spans[index]),
+            final=self.optimizer_config.final_learning_rate,
+        )
+
+    def _stage_spans(self) -> list[range]:
+        if self._spans is not None:
+            return self._spans
+        total = self.total_steps()
+        if self.stage_config and self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return [range(total)]  # a trial of a few steps sees the first stage only
+        return spans(self.stage_config, total, self._epoch_steps)
 
     def total_steps(self) -> int:
         """Optimizer steps of the whole run.
@@ -217,15 +283,48 @@ class LanguageModule(lightning.LightningModule, ABC):
             return trainer.max_steps
         if trainer.max_epochs is None or trainer.max_epochs < 0:
             raise ValueError("trainer.max_steps or trainer.max_epochs must be set: the schedule needs an end.")
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        return trainer.max_epochs * self._epoch_steps()
+
+    def _epoch_steps(self) -> int:
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         if getattr(data, "streaming", False):
-            raise ValueError("trainer.max_steps must be set for streamed rows: their number is not known.")
-        batches = len(data.train_dataloader())
-        return trainer.max_epochs * math.ceil(batches / trainer.accumulate_grad_batches)
+            raise ValueError(
+                "trainer.max_steps must be set, and stages must count in steps, for streamed rows: "
+                "their number is not known."
+            )
+        batches, limit = len(data.train_dataloader()), self.trainer.limit_train_batches
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        return math.ceil(batches / self.trainer.accumulate_grad_batches)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the architecture beside the weights: export and generate then need no source folder."""
         checkpoint["hf_config"] = self.model.hf.config.to_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Fit the state of the objective to a checkpoint that another objective left.
+
+        Running means begin afresh where it has none, and are dropped where they are no longer asked for. So are
+        projections; but one that was never trained measures and teaches nothing.
+
+        Raises:
+            ValueError: If the checkpoint lacks a projection.
+        """
+        state = checkpoint.get("state_dict")
+        if not state:  # sharded, read into what is there
+            return
+        own = self.state_dict()
+        for prefix in ("running_means.", "model.projections."):
+            ours = {name: t for name, t in own.items() if name.startswith(prefix)}
+            theirs = {name for name in state if name.startswith(prefix)}
+            fits = {name for name in theirs if name in ours and ours[name].shape == state[name].shape}
+            if prefix == "model.projections." and (lacking := sorted(ours.keys() - fits)):
+                raise ValueError(
+                    f"the checkpoint lacks {lacking[0]}, which objective.hidden trains: keep objective.hidden.layers "
+                    "as the run had it, or set objective.hidden.weight: 0."
+                )
+            for name in theirs - fits:
+                del state[name]
+            state.update({name: t for name, t in ours.items() if name not in fits})
 
     # ------------------------------------------------------------------ training
 
@@ -245,31 +344,133 @@ class LanguageModule(lightning.LightningModule, ABC):
         """Markers and the end of text."""
         return sorted(self.chat.control_ids)
 
+    # ------------------------------------------------------------------ stages
+
+    @property
+    def stage_index(self) -> int:
+        """Which stage is in force, from 0; outside of training the last one, for which the others prepare."""
+        if self._spans is None:
+            return len(self.stages) - 1
+        # A validation between two stages is about the one that has just been trained.
+        validating = self._trainer is not None and self.trainer.validating
+        return stage_at(self._spans, max(self.global_step - validating, 0))
+
+    @property
+    def stage(self) -> StageSettings:
+        """What holds in the stage in force."""
+        return self.stages[self.stage_index]
+
+    @property
+    def objective(self) -> Objective:
+        """Terms and weights of the loss in the stage in force."""
+        return self.stage.objective
+
+    @property
+    def objectives(self) -> list[Objective]:
+        """Those of every stage."""
+        return [stage.objective for stage in self.stages]
+
+    @property
+    def schedule_step(self) -> int:
+        """Optimizer steps done in the stage in force: what schedules count."""
+        return self.global_step - self._spans[self.stage_index].start if self._spans else self.global_step
+
+    @property
+    def stage_progress(self) -> float:
+        """Share of the stage in force that is done, from 0 to 1."""
+        return min(self.schedule_step / len(self._spans[self.stage_index]), 1.0) if self._spans else 1.0
+
+    def _enter_stage(self) -> None:
+        """Take over what the stage of this step trains, where it is another than that of the step before."""
+        index = self.stage_index
+        if self.stage_config is None or index == self._entered:
+            return
+        assert self._spans is not None, "training has been set up"
+        self._entered = index
+        self._unlog()
+        factors = self._learning_rate_factors()
+        named = {name: p for name, p in self._parameters_by_name().items() if any(factors[name])}
+        self._resting = [p for name, p in named.items() if not factors[name][index]]
+        for parameter in self._resting:
+            parameter.grad = None
+        if isinstance(self.trainer.strategy, SingleDeviceStrategy):
+            # DDP and FSDP2 fix once and for all which gradients they wait for; there they are formed and dropped.
+            for name, parameter in named.items():
+                parameter.requires_grad_(factors[name][index] > 0)
+        span = self._spans[index]
+        if self.global_step == span.start:
+            self._forget_moments(self.trainer.optimizers[0])
+        scales = {name: scale[index] for name, scale in factors.items()}
+        sizes = {name: p.numel() for name, p in self._parameters_by_name().items()}
+        rank_zero_info(
+            f"Stage {index + 1} of {len(self.stages)}, steps {span.start} to {span.stop}: "
+            f"{trained_summary(scales, sizes)}."
+        )
+
+    def _forget_moments(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let AdamW start afresh."""
+        optimizer.state.clear()
+        if self.device_mesh is None:
+            return
+        # A sharded checkpoint is read into an optimizer with moments for all it holds: what rests needs zeros in it.
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed from (seed, step, rank): a resumed run draws what the undisturbed one would have drawn."""
-        seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
-        torch.manual_seed(hash((seed, self.global_step, batch_idx, self.global_rank)))
+        self._enter_stage()
+        torch.manual_seed(hash((self.seed, self.global_step, batch_idx, self.global_rank)))
 
-    def learn(self, batch: Batch, signal: TeacherSignal | None, layers: Sequence[int] = ()) -> dict[str, Any]:
+    @property
+    def seed(self) -> int:
+        """The run's `seed_everything`."""
+        return int(os.environ.get("PL_GLOBAL_SEED", "0"))
+
+    @property
+    def now(self) -> Moment:
+        """Where training stands."""
+        return Moment(self.schedule_step, self.stage_progress, self.replicas)
+
+    @property
+    def plan(self) -> Plan:
+        """What the objective in force wants to see of the models."""
+        return self.plans[self.stage_index]
+
+    @property
+    def running(self) -> Running:
+        """The running means of the objective in force."""
+        return dict(cast(nn.ModuleDict, self.running_means[self.stage_index]).items())  # type: ignore[arg-type]
+
+    def learn(
+        self,
+        batch: Batch,
+        signal: TeacherSignal | None = None,
+        anchor: TeacherSignal | None = None,
+    ) -> dict[str, Any]:
         """Forward pass and objective on one micro-batch.
 
         Args:
             batch: A packed micro-batch on the device.
             signal: The teacher's answer, or None.
-            layers: Layers whose residual streams are compared with `signal.layers`.
+            anchor: The dense source's answer, or None.
 
         Returns:
             `loss`, the scalar to differentiate, and `routing` for the callbacks.
         """
-        step, replicas = self.global_step, self.replicas
-        read = partial(self.objective.logit_loss, batch=batch, signal=signal, step=step, replicas=replicas)
-        out = self.model(batch, batch["positions"], read, layers)
+        objective, now, running = self.objective, self.now, self.running
+        read = partial(objective.logit_loss, batch=batch, signal=signal, now=now, running=running)
+        out = self.model(batch, batch["positions"], read, self.plan.student)
         routed = self.routing(out.router_logits, batch)
-        terms = self.objective.logit_terms(out.read, batch, with_teacher=signal is not None)
-        teacher_layers = signal.layers if signal else []
-        terms |= self.objective.sample_terms(out.layers, teacher_layers, routed, batch, step=step, replicas=replicas)
+        terms = objective.logit_terms(out.read, batch, with_teacher=signal is not None)
+        terms |= objective.sample_terms(out, signal, anchor, routed, batch, plan=self.plan, now=now, running=running)
         self._keep(terms)
-        loss = torch.stack([term.loss for term in terms.values()]).sum()
+        # DDP waits for the gradients of projections too, in a stage or step that does not use them.
+        idle = [projected[:0].sum() for projected in out.projected.values()]
+        loss = torch.stack([*(term.loss for term in terms.values()), *idle]).sum()
         return {"loss": loss, "routing": routed}
 
     def routing(self, router_logits: list[Tensor], batch: Batch) -> Routing | None:
@@ -279,18 +480,43 @@ class LanguageModule(lightning.LightningModule, ABC):
         return routing(router_logits, self.model.top_k, (batch["segment_ids"] != Segment.PAD).flatten())
 
     def _keep(self, terms: dict[str, Term]) -> None:
+        """Add up total, tokens and layers of each term over the micro-batches of a step."""
         for name, term in terms.items():
-            total, count = self._step_terms.get(name, (0.0, 0.0))
-            self._step_terms[name] = (total + term.total.detach(), count + term.tokens)
+            parts = [term.total.detach().float()[None], term.tokens.float()[None]]
+            sums = torch.cat(parts if term.layers is None else [*parts, term.layers.float()])
+            self._step_terms[name] = self._step_terms[name] + sums if name in self._step_terms else sums
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log each term of the finished step, unweighted: its sum over micro-batches and ranks by its count."""
-        pairs = torch.stack([torch.stack([total.float(), count.float()]) for total, count in self._step_terms.values()])
-        pairs = self.trainer.strategy.reduce(pairs, reduce_op="sum")
-        values = pairs[:, 0] / pairs[:, 1].clamp(min=1)
-        self.log_dict({f"train/{n}": v for n, v in zip(self._step_terms, values, strict=True)}, prog_bar=True)
+        for parameter in self._resting:  # before clipping: it neither moves nor counts in the norm
+            parameter.grad = None
+        sums = torch.cat(list(self._step_terms.values()))
+        sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        parts = sums.split([len(part) for part in self._step_terms.values()])
+        running = self.running
+        if "teacher_entropy" in running:  # the one that this step took, before the mean moves on
+            self.log("train/temperature", self.objective.temperature(self.schedule_step, running))
+        values = {}
+        for name, (total, tokens, *layers) in zip(self._step_terms, parts, strict=True):
+            values[name] = total / tokens.clamp(min=1)
+            if name in running:
+                seen = torch.stack(layers) if layers else total
+                running[name].update(seen / tokens.clamp(min=1), tokens > 0)
+        self.log_step(values)
         self.log("train/learning_rate", self.learning_rate_now())
+        if self.stage_config is not None:
+            self.log("train/stage", float(self.stage_index + 1))
         self._step_terms.clear()
+
+    def _unlog(self) -> None:
+        """Drop what was logged of training: Lightning repeats a value at every step until another takes its place."""
+        results: Any = self.trainer.fit_loop.epoch_loop._results
+        for key in [key for key, result in results.items() if result.meta.name.startswith("train/")]:
+            del results[key]
+
+    def log_step(self, values: dict[str, Tensor]) -> None:
+        """Log the terms of a finished step."""
+        self.log_dict({f"train/{name}": value for name, value in values.items()}, prog_bar=True)
 
     def configure_gradient_clipping(
         self,
@@ -305,7 +531,7 @@ class LanguageModule(lightning.LightningModule, ABC):
         """
         if not gradient_clip_val:
             return
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        parameters = list(self.model.parameters())  # in an order that does not hang on the optimizer's groups
         if gradient_clip_algorithm == "value":
             torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
             return
@@ -313,12 +539,12 @@ class LanguageModule(lightning.LightningModule, ABC):
         self.log("train/gradient_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def learning_rate_now(self) -> float:
-        """Learning rate of the first group, without its multiplier."""
-        return self.learning_rate * self.lr_schedulers().lr_lambdas[0](self.global_step)  # type: ignore[union-attr]
+        """Learning rate of what has no multiplier."""
+        return self._schedule([stage.learning_rate for stage in self.stages], self._stage_spans(), self.global_step)
 
     # ------------------------------------------------------------------ evaluation
 
-    def evaluate(self, batch: Batch, signal: TeacherSignal | None, layers: Sequence[int] = ()) -> None:
+    def evaluate(self, batch: Batch, signal: TeacherSignal | None = None, anchor: TeacherSignal | None = None) -> None:
         """Add one micro-batch to the validation metrics.
 
         `val/ce` and `val/kl` are taken without label smoothing and at temperature 1, so that runs with different
@@ -330,17 +556,27 @@ class LanguageModule(lightning.LightningModule, ABC):
             teacher_hidden_MD=signal.hidden_MD if signal else None,
             teacher_head_VD=signal.head_VD if signal else None,
         )
-        out = self.model(batch, batch["positions"], read, layers)
+        out = self.model(batch, batch["positions"], read, self.plan.student)
         self.val_loss.update(out.read.nll_N, batch["segments"])
         if signal is not None:
             self.val_teacher.update(out.read.kl_M, out.read.agree_M)
         routed = self.routing(out.router_logits, batch)
         if routed is not None:
             self.val_routing.update(routed)
-        teacher_layers = signal.layers if signal else []
-        terms = self.objective.sample_terms(out.layers, teacher_layers, routed, batch, step=0, replicas=1)
+        terms = self.objective.sample_terms(
+            out, signal, anchor, routed, batch, plan=self.plan, now=Moment(), running=self.running
+        )
         for name, term in terms.items():
-            self.val_terms[name].update(term.total / term.tokens.clamp(min=1), term.tokens)
+            self._val_term(name).update(term.total, term.tokens)
+            layers = [student for student, _ in self.plan.pairs.get(name, [])]
+            if name == "diversity":
+                layers = list(range(len(self.model.routers)))
+            if term.layers is not None and layers:
+                for layer, value in zip(layers, term.layers, strict=True):
+                    self._val_term(layer_name(name, layer)).update(value, term.tokens)
+
+    def _val_term(self, name: str) -> TermMean:
+        return cast(TermMean, self.val_terms[name])
 
     def predict_step(self, batch: list[dict[str, Any]], batch_idx: int) -> list[dict[str, Any]]:
         """Answer scenarios greedily; each row comes back with its answer."""
@@ -372,15 +608,16 @@ class LanguageModule(lightning.LightningModule, ABC):
         values = {f"{prefix}/{names.get(name, name)}": value for name, value in losses.items()}
         if self.val_teacher.update_called:
             values |= {f"{prefix}/{name}": value for name, value in self.val_teacher.compute().items()}
-        for name, metric in self.val_terms.items():
-            if metric.update_called:
-                values[f"{prefix}/{name}"] = metric.compute()
+        val_terms = {name: self._val_term(name) for name in self.val_terms}
+        for name, metric in val_terms.items():
+            if metric.update_called and (value := metric.compute()) is not None:
+                values[f"{prefix}/{name}"] = value
         if self.model.routers:
             values |= {f"{prefix}/{name}": value for name, value in self._routing_values(losses).items()}
             self.val_routing.reset()
         self.log_dict(values)
-        for metric in (self.val_loss, self.val_teacher, *self.val_terms.values()):
-            metric.reset()
+        for used in (self.val_loss, self.val_teacher, *val_terms.values()):
+            used.reset()
 
     def _routing_values(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
         """Means over the layers; nothing if no token was routed."""
@@ -395,6 +632,11 @@ class LanguageModule(lightning.LightningModule, ABC):
         if losses:
             values["balanced_perplexity"] = balanced_perplexity(losses["loss"], values["balance_score"])
         return values
+
+
+def layer_name(term: str, layer: int) -> str:
+    """Name of one layer's share of a term."""
+    return f"{term}/layer_{layer:02d}"
 
 
 def warmup_cosine(step: int, *, warmup: int, total: int, final: float) -> float:

@@ -3,11 +3,13 @@
 The losses read hidden states and the head's weight, never logits of shape [tokens, vocabulary]. They are computed
 inside this module's forward: under FSDP2 it is the root, and only there is a tied head whole and its gradient reduced.
 
-Shapes: B batch, T sequence, N chosen positions, S sampled positions, D width, V vocabulary, E experts.
+Shapes: B batch, T sequence, N chosen positions, S sampled positions, Q query positions of a sequence, G key-value
+groups, D width, F expert width, V vocabulary, E experts.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -17,15 +19,31 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 from transformers import PreTrainedModel
 
+from agri_moe.models.attention import capture_attention
+
 R = TypeVar("R")
+
+
+class Reads(NamedTuple):
+    """What is read on the way through the layers, beside hidden states and head at the end."""
+
+    layers: Sequence[int] = ()  # residual streams after these layers, at batch["sample"]
+    attention: Sequence[int] = ()  # attention of these layers, at batch["queries"]
+    experts: bool = False  # outputs of all experts, for the tokens at batch["expert_sample"]
+
+
+NOTHING = Reads()
 
 
 class Forward(NamedTuple, Generic[R]):
     """What a forward pass returns."""
 
     read: R  # what `read` made of hidden states and head
-    layers: list[Tensor]  # one [S, D] per asked-for layer
     router_logits: list[Tensor]  # one [B*T, E] per MoE layer, first layer first
+    layers: dict[int, Tensor]  # layer -> its residual stream [S, D]
+    projected: dict[tuple[int, int], Tensor]  # pair of layers -> the stream in the other's width
+    attention: dict[int, Tensor]  # layer -> [B, G, Q, T], mean over each of the G key-value groups
+    experts: list[Tensor]  # one [E, S, D] per MoE layer, first layer first
 
 
 class CausalModel(nn.Module):
@@ -34,11 +52,35 @@ class CausalModel(nn.Module):
     Args:
         hf: Any causal model with `.model` (the backbone, with `.layers`) and `.lm_head`, as Qwen, Llama, Mistral and
             their MoE forms have.
+        projections: Pair of layers -> width of the other model, where a residual stream is to be projected to it. The
+            projections are trained with the model, and no part of what is exported.
     """
 
-    def __init__(self, hf: PreTrainedModel):
+    def __init__(self, hf: PreTrainedModel, projections: dict[tuple[int, int], int] | None = None):
         super().__init__()
         self.hf = hf
+        width = hf.config.hidden_size
+        self.projections = nn.ModuleDict(
+            {f"{i}_{j}": nn.Linear(width, other, bias=False) for (i, j), other in (projections or {}).items()}
+        )
+        self._asked_sample: Tensor | None = None  # of the pass that is about to begin
+        self._expert_sample: Tensor | None = None  # of the last pass, which the backward pass may run again
+        self._expert_outputs: dict[int, Tensor] | None = None
+        hf.model.register_forward_pre_hook(self._begin_pass)
+        for i, layer in enumerate(hf.model.layers):
+            if hasattr(layer.mlp, "experts"):
+                layer.mlp.register_forward_hook(partial(self._run_all_experts, i))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CausalModel":
+        # `module.to(torch.bfloat16)`, Lightning's bf16-true, would round the frequencies of rotary positions: by a
+        # whole turn some hundred tokens on. transformers keeps them in float32 whatever the type of the weights.
+        before = [(m, name, b) for m in self.hf.modules() for name, b in m.named_buffers(recurse=False)]
+        super()._apply(fn, recurse)
+        for module, name, buffer in before:
+            after = module.get_buffer(name)
+            if after.dtype != buffer.dtype:
+                setattr(module, name, buffer.to(after.device))
+        return self
 
     @property
     def num_layers(self) -> int:
@@ -65,47 +107,103 @@ class CausalModel(nn.Module):
         batch: dict[str, Tensor],
         positions_N: Tensor,
         read: Callable[[Tensor, Tensor], R],
-        layers: Sequence[int] = (),
+        reads: Reads = NOTHING,
     ) -> Forward[R]:
         """Run the backbone on a packed batch and hand hidden states and head to `read`.
 
         Args:
-            batch: `input_ids` and `position_ids` [B, T] (positions restart at each packed row); `sample` [S] if
-                `layers` are asked for.
+            batch: `input_ids` and `position_ids` [B, T] (positions restart at each packed row), and what `reads` needs:
+                `sample` (and `hidden_sample`), `queries`, `expert_sample`.
             positions_N: Flat indices b T + t of the positions that `read` sees.
             read: Takes (hidden_ND, head_VD).
-            layers: Layers whose residual stream after the layer is returned at `batch["sample"]`.
+            reads: What else is wanted.
         """
         backbone = self.hf.model
         routers = self.routers
-        with capture([*routers, *(backbone.layers[i] for i in layers)]) as outputs:
+        self._asked_sample = batch["expert_sample"] if reads.experts else None
+        experts: dict[int, Tensor] = {}
+        self._expert_outputs = experts
+        with (
+            capture(routers) as router_logits,
+            capture([backbone.layers[i] for i in reads.layers], batch.get("sample")) as streams,
+            capture_attention([backbone.layers[i] for i in reads.attention], batch) as attention,
+        ):
             # No attention mask and no cache: transformers then derives the block mask of packed rows from
             # position_ids. With a cache, or a mask of ones, rows would see their neighbours.
             hidden_BTD = backbone(
                 input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
             ).last_hidden_state
-        streams = [out.flatten(0, 1)[batch["sample"]] for out in outputs[len(routers) :]]
-        result = read(hidden_BTD.flatten(0, 1)[positions_N], self.hf.lm_head.weight)
-        return Forward(result, streams, outputs[: len(routers)])
+        self._expert_outputs = None
+        layers = dict(zip(reads.layers, streams, strict=True))
+        return Forward(
+            read=read(hidden_BTD.flatten(0, 1)[positions_N], self.hf.lm_head.weight),
+            router_logits=router_logits,
+            layers=layers,
+            projected=self._project(layers, batch, hidden_BTD),
+            attention=dict(zip(reads.attention, attention, strict=True)),
+            experts=list(experts.values()),
+        )
+
+    def _project(
+        self, layers: dict[int, Tensor], batch: dict[str, Tensor], hidden_BTD: Tensor
+    ) -> dict[tuple[int, int], Tensor]:
+        projected = {}
+        for name, projection in self.projections.items():
+            student, other = map(int, name.split("_"))
+            if "hidden_sample" in batch and student in layers:
+                x = layers[student][batch["hidden_sample"]]
+            else:  # the term is off, in this stage or step: it is in the graph all the same, which DDP asks for
+                x = hidden_BTD.flatten(0, 1)[:0]
+            projected[student, other] = projection(x)
+        return projected
+
+    def _begin_pass(self, *_: Any) -> None:
+        """A pass that does not come from `forward`, such as one of generation, has asked for nothing."""
+        self._expert_sample, self._asked_sample = self._asked_sample, None
+
+    def _run_all_experts(self, layer: int, block: Any, args: tuple[Tensor, ...], _: Tensor) -> None:
+        """Every expert on the sampled tokens.
+
+        A hook that stays: activation checkpointing runs the layer again in the backward pass, and must find there the
+        operations of the first time; and under FSDP2 only inside the layer are its weights whole.
+        """
+        if self._expert_sample is None:
+            return
+        experts, x_SD = block.experts, args[0].flatten(0, 1)[self._expert_sample]
+        gate_ESF, up_ESF = (x_SD @ experts.gate_up_proj.transpose(1, 2)).chunk(2, dim=-1)
+        outputs_ESD = (experts.act_fn(gate_ESF) * up_ESF) @ experts.down_proj.transpose(1, 2)
+        if self._expert_outputs is not None:
+            self._expert_outputs[layer] = outputs_ESD
 
 
 @contextmanager
-def capture(modules: Sequence[nn.Module]) -> Iterator[list[Any]]:
-    """Collect the first output of each module during one forward pass, in the order given.
+def capture(modules: Sequence[nn.Module], sample_S: Tensor | None = None) -> Iterator[list[Tensor]]:
+    """Collect the first output of each module during one forward pass, or a sample of it, in the order given.
 
     The hooks are gone when the block ends, so the second run that activation checkpointing makes in the backward pass
-    is not counted.
+    is not counted; and they keep references only, since that run must find the same operations. Without gradient there
+    is no second run: the sample is taken at once, and the rest let go.
+
+    Args:
+        modules: Whose outputs are wanted.
+        sample_S: Flat indices into an output [B, T, D]; None takes all of it.
     """
-    outputs: list[Any] = []
-    by_module: dict[int, Any] = {}
+    outputs: list[Tensor] = []
+    by_module: dict[int, Tensor] = {}
+
+    def sampled(output: Tensor) -> Tensor:
+        return output if sample_S is None else output.flatten(0, 1)[sample_S]
 
     def keep(module: nn.Module, _: Any, output: Any) -> None:
-        by_module[id(module)] = output[0] if isinstance(output, tuple) else output
+        first = output[0] if isinstance(output, tuple) else output
+        by_module[id(module)] = first if torch.is_grad_enabled() else sampled(first)
 
     handles = [module.register_forward_hook(keep) for module in modules]
     try:
         yield outputs
-        outputs.extend(by_module[id(module)] for module in modules)
+        for module in modules:
+            output = by_module[id(module)]
+            outputs.append(sampled(output) if torch.is_grad_enabled() else output)
     finally:
         for handle in handles:
             handle.remove()

@@ -1,81 +1,276 @@
 """Distil a frozen teacher into a sparse student."""
 
+from functools import cached_property
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from transformers import AutoModelForCausalLM
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from agri_moe.data.chat import Chat
+from agri_moe.data.chat_data import ChatDataModule
+from agri_moe.data.teacher_view import TeacherView
+from agri_moe.losses.attention import check_head_map
+from agri_moe.models.attention import check_readable
 from agri_moe.models.base import LanguageModule
 from agri_moe.models.causal import CausalModel, start_rows
 from agri_moe.models.checkpoint_files import load_config
 from agri_moe.models.source import StudentConfig, check_vocabulary, untrained_markers
-from agri_moe.objective import Batch, layer_map
-from agri_moe.teacher import OnlineTeacher, TeacherConfig
+from agri_moe.models.upcycle import is_moe
+from agri_moe.objective import Batch, Objective, Plan
+from agri_moe.on_policy import OnPolicy, Sampled, check_on_policy, is_on_policy, sample_batch
+from agri_moe.teacher import OnlineTeacher, TeacherConfig, TeacherSignal
+
+TEACHER = "model.teacher.source"
+ANCHOR = "model.anchor"
 
 
 class DistillModule(LanguageModule):
-    """A student in training beside a frozen teacher.
+    """A student in training beside frozen models that it learns from.
 
-    The teacher is kept out of the module tree: it is in no checkpoint, gets no gradient and stays in eval mode.
+    They are kept out of the module tree: they are in no checkpoint, get no gradient and stay in eval mode.
 
     Args:
         student: The model to train; a dense source is upcycled on the fly.
-        teacher: The model to learn from.
+        teacher: The model to learn from; may be left out if no term needs it.
+        anchor: Folder or hub name of the dense model that the objective's anchor terms compare with; by default the
+            student's source, where that is dense.
+        on_policy: On which share of the steps the student's own text takes the place of the rows, and how it is
+            sampled. Such a step has only the divergence and the routers' terms; they are logged as `on_policy/<term>`.
         **kwargs: Objective, optimizer and freezing, see `LanguageModule`.
     """
 
     model_key = "model.student"
     teacher: OnlineTeacher
+    anchor: OnlineTeacher
 
-    def __init__(self, student: StudentConfig, teacher: TeacherConfig, **kwargs: Any):
+    def __init__(
+        self,
+        student: StudentConfig,
+        teacher: TeacherConfig | None = None,
+        anchor: str | None = None,
+        on_policy: OnPolicy | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(**kwargs)
-        if not self.objective.uses_teacher:
-            raise ValueError("model.objective has no term with a teacher: set kl.weight or cka.weight above 0.")
         self.student_config = student
         self.teacher_config = teacher
+        self.anchor_source = anchor or student.source
+        self.on_policy = on_policy or OnPolicy()
+        self._sampled: list[Sampled] = []  # of the micro-batches of a step
+        self._own_words = [objective.divergence_only() for objective in self.objectives]
+        self.uses_teacher = any(objective.uses_teacher for objective in self.objectives)
+        self.uses_anchor = any(objective.uses_anchor for objective in self.objectives)
+        if not self.uses_teacher and not self.uses_anchor:
+            raise ValueError("model.objective has no term with a teacher: set kl.weight or cka.weight above 0.")
+        if self.uses_teacher and teacher is None:
+            raise ValueError("model.teacher is missing: the objective has terms with a teacher; give its source.")
+        if self.on_policy.share > 0 and not all(objective.uses("kl") for objective in self.objectives):
+            raise ValueError("model.on_policy.share needs objective.kl.weight above 0: nothing else scores its text.")
 
     @property
     def model_config(self) -> StudentConfig:
         """The student."""
         return self.student_config
 
+    # ------------------------------------------------------------------ before anything is loaded
+
     def check(self, chat: Chat) -> None:
-        """Check the teacher too: its folder, and that it reads the same token ids."""
+        """Check the other models too: their folders, that they read the same token ids, that layers fit."""
         super().check(chat)
-        key = "model.teacher.source"
-        check_vocabulary(self.teacher_config.source, load_config(self.teacher_config.source, key), chat, key)
+        student = self.model_config.hf_config(self.model_key, chat)
+        others = []
+        if self.teacher_config is not None:
+            others.append((self.teacher_config.source, TEACHER))
+            if self.teacher_view is not None:
+                self.teacher_view.check()
+        if self.uses_anchor:
+            if self.anchor_source is None:
+                raise ValueError(
+                    f"{ANCHOR} is missing: the student has no source for the anchor terms to compare with."
+                )
+            others.append((self.anchor_source, ANCHOR))
+        for source, key in others:
+            check_vocabulary(source, load_config(source, key), chat, key)
+        if self.uses_anchor:
+            self._check_anchor(student)
+        for stage in self.stages:
+            try:
+                self._check_maps(stage.objective, student)
+                continue
+            except ValueError as error:
+                wrong = str(error)
+            # Not inside the handler: what the user is shown is the innermost error, which does not name the stage.
+            raise ValueError(wrong if self.stage_config is None else f"{stage.key}: {wrong}")
+
+    def _check_maps(self, objective: Objective, student: PreTrainedConfig) -> None:
+        objective.plan(student.num_hidden_layers, self.teacher_layers)
+        if not objective.uses("attention"):
+            return
+        for config in (student, self._teacher_hf_config):
+            with torch.device("meta"):
+                check_readable(AutoModelForCausalLM.from_config(config))
+        if (heads := objective.attention.heads) != "uniform":
+            check_head_map(heads, student.num_key_value_heads, self._teacher_hf_config.num_key_value_heads)
+
+    def _check_anchor(self, student: PreTrainedConfig) -> None:
+        anchor = load_config(str(self.anchor_source), ANCHOR)
+        if is_moe(anchor):
+            raise ValueError(
+                f"{ANCHOR}: {self.anchor_source} is a Mixture-of-Experts; name the dense model that the student was "
+                "made from, for the anchor terms to compare with."
+            )
+        for name in ("hidden_size", "num_hidden_layers"):
+            if getattr(anchor, name) != getattr(student, name):
+                raise ValueError(
+                    f"{ANCHOR}: {self.anchor_source} has {name} {getattr(anchor, name)}, the student "
+                    f"{getattr(student, name)}; name the dense model that the student was made from."
+                )
+
+    @cached_property
+    def teacher_view(self) -> TeacherView | None:
+        """How the teacher reads a row, for the data module; None if it reads the student's ids."""
+        config = self.teacher_config
+        if config is None or config.view == "same" or not self.uses_teacher:
+            return None
+        return TeacherView(config.source, config.view, config.min_aligned)
+
+    @property
+    def _teacher_hf_config(self) -> PreTrainedConfig:
+        assert self.teacher_config is not None, "checked when the module was made"
+        return load_config(self.teacher_config.source, TEACHER)
+
+    @property
+    def teacher_layers(self) -> int:
+        """Layers of the teacher; 0 without one."""
+        return self._teacher_hf_config.num_hidden_layers if self.uses_teacher else 0
+
+    def projections(self, student: PreTrainedConfig) -> dict[tuple[int, int], int]:
+        """A projection for each pair of layers that the hidden term compares, where the widths differ."""
+        pairs: set[tuple[int, int]] = set()
+        for objective in self.objectives:
+            pairs |= set(objective.plan(student.num_hidden_layers, self.teacher_layers).pairs.get("hidden", []))
+        width = self._teacher_hf_config.hidden_size if pairs else student.hidden_size
+        return dict.fromkeys(sorted(pairs), width) if width != student.hidden_size else {}
+
+    # ------------------------------------------------------------------ loading
+
+    def build(self, hf: PreTrainedModel) -> None:
+        """Take `hf` as the model."""
+        super().build(hf)
+        self._own_plans = [own.plan(self.model.num_layers, self.teacher_layers) for own in self._own_words]
+
+    def setup(self, stage: str) -> None:
+        """Refuse on-policy steps where the student cannot write."""
+        super().setup(stage)
+        check_on_policy(self.on_policy, strategy_is_sharded=self.device_mesh is not None)
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if self.on_policy.share > 0 and not isinstance(data, ChatDataModule):
+            raise ValueError("model.on_policy needs prompts to answer, which only ChatDataModule has; set share: 0.")
 
     def configure_model(self) -> None:
-        """Load student and teacher."""
+        """Load student, teacher and anchor."""
         loaded = hasattr(self, "model")
         super().configure_model()
-        if not loaded:
-            # Past nn.Module's own __setattr__: as a submodule the teacher would be saved, trained and moved with us.
-            object.__setattr__(self, "teacher", self._load_teacher())
+        if loaded:
+            return
+        # Past nn.Module's own __setattr__: as submodules they would be saved, trained and moved with us.
+        dtype = self.teacher_config.dtype if self.teacher_config else "bfloat16"
+        if self.uses_teacher:
+            assert self.teacher_config is not None, "checked when the module was made"
+            object.__setattr__(self, "teacher", self._load_frozen(self.teacher_config.source, dtype, "Teacher"))
+        if self.uses_anchor:
+            object.__setattr__(self, "anchor", self._load_frozen(str(self.anchor_source), dtype, "Anchor"))
 
-    def _load_teacher(self) -> OnlineTeacher:
-        config = self.teacher_config
-        dtype = getattr(torch, config.dtype)
+    def _load_frozen(self, source: str, dtype: str, name: str) -> OnlineTeacher:
         hf = AutoModelForCausalLM.from_pretrained(
-            config.source, dtype=dtype, attn_implementation=self.student_config.attn_implementation
+            source, dtype=getattr(torch, dtype), attn_implementation=self.student_config.attn_implementation
         )
-        start_rows(hf, untrained_markers(config.source, self.chat))
-        model = CausalModel(hf)
-        pairs = layer_map(self.model.num_layers, model.num_layers) if self.objective.uses_hidden_states else []
-        self.student_layers = [student for student, _ in pairs]
-        rank_zero_info(f"Teacher: {hf.num_parameters():,} parameters in {config.dtype}, frozen.")
-        teacher = OnlineTeacher(model, [layer for _, layer in pairs])
-        teacher.to(self.trainer.strategy.root_device)
-        return teacher
+        start_rows(hf, untrained_markers(source, self.chat))
+        rank_zero_info(f"{name}: {hf.num_parameters():,} parameters in {dtype}, frozen.")
+        frozen = OnlineTeacher(CausalModel(hf))
+        frozen.to(self.trainer.strategy.root_device)
+        return frozen
+
+    # ------------------------------------------------------------------ steps
+
+    def signals(self, batch: Batch, objective: Objective) -> tuple[TeacherSignal | None, TeacherSignal | None]:
+        """What teacher and anchor say of a micro-batch, where an objective asks them."""
+        teacher = self.teacher.signal(batch, self.plan.teacher) if objective.uses_teacher else None
+        anchor = self.anchor.anchor(batch, self.plan.anchor) if objective.uses_anchor else None
+        return teacher, anchor
+
+    @property
+    def writes(self) -> bool:
+        """Whether the student itself writes the text of this step."""
+        if self._trainer is None or not self.trainer.training:
+            return False
+        return is_on_policy(self.on_policy.share, self.global_step, self.seed)
+
+    @property
+    def objective(self) -> Objective:
+        """Terms and weights of the loss in the stage in force, for the text of this step."""
+        return self._own_words[self.stage_index] if self.writes else super().objective
+
+    @property
+    def plan(self) -> Plan:
+        """What the objective in force wants to see of the models."""
+        return self._own_plans[self.stage_index] if self.writes else super().plan
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """On an on-policy step, let the student write the micro-batch; then choose positions."""
+        if self.writes:
+            batch = self._write(batch)
+        return super().on_before_batch_transfer(batch, dataloader_idx)
+
+    def _write(self, batch: Batch) -> Batch:
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
+        # Lightning's autocast begins with the step itself.
+        with self.trainer.precision_plugin.forward_context():
+            sampled = sample_batch(
+                batch,
+                self.model,
+                self.chat,
+                self.on_policy,
+                data.max_length,
+                self.teacher_view,
+                seed=hash((self.seed, progress.processed, self.global_rank)),
+                replicas=self.replicas,
+            )
+        self._sampled.append(sampled)
+        return sampled.batch
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """One micro-batch: the teacher answers, the student learns."""
-        return self.learn(batch, self.teacher.signal(batch), self.student_layers)
+        return self.learn(batch, *self.signals(batch, self.objective))
+
+    def log_step(self, values: dict[str, Tensor]) -> None:
+        """Log an on-policy step apart, with what its text cost: seconds and tokens of this rank."""
+        if not self._sampled:
+            super().log_step(values)
+            return
+        # Not through `self.log`, which would show these values again at the steps between.
+        cost = {
+            "generation_seconds": sum(sampled.seconds for sampled in self._sampled),
+            "generated_tokens": sum(sampled.tokens for sampled in self._sampled),
+        }
+        self._sampled.clear()
+        self._unlog()
+        scalars = {f"on_policy/{name}": float(value) for name, value in (values | cost).items()}
+        for logger in self.trainer.loggers:
+            logger.log_metrics(scalars, step=self.global_step)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Losses per segment, divergence from and agreement with the teacher, routing."""
-        self.evaluate(batch, self.teacher.signal(batch), self.student_layers)
+        self.evaluate(batch, *self.signals(batch, self.objective))
 
     test_step = validation_step
+
+    def on_validation_epoch_end(self) -> None:
+        """Log too how much of the rows' answers the teacher's view has a counterpart for."""
+        super().on_validation_epoch_end()
+        share = getattr(self.trainer.datamodule, "aligned_share", None)  # type: ignore[attr-defined]
+        if share is not None:
+            self.log("val/aligned", share)

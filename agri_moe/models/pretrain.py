@@ -19,8 +19,11 @@ class PretrainModule(LanguageModule):
 
     def __init__(self, network: ModelConfig, **kwargs: Any):
         super().__init__(**kwargs)
-        if self.objective.uses_teacher:
-            raise ValueError("model.objective: kl and cka need a teacher, which only DistillModule has; set them to 0.")
+        if any(objective.uses_teacher or objective.uses_anchor for objective in self.objectives):
+            raise ValueError(
+                "model.objective: kl, cka, hidden, attention and anchor need another model, which only DistillModule "
+                "has; set their weights to 0."
+            )
         self.network_config = network
 
     @property
@@ -30,10 +33,10 @@ class PretrainModule(LanguageModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """One micro-batch of cross-entropy, balance and router-z."""
-        return self.learn(batch, None)
+        return self.learn(batch)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Losses per segment and routing."""
-        self.evaluate(batch, None)
+        self.evaluate(batch)
 
     test_step = validation_step
