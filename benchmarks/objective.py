@@ -74,7 +74,7 @@ class Problem:
         self.modules: dict[str, DistillModule] = {}
 
     def add(self, name: str) -> DistillModule:
-        """Build the module of a configuration; all share the weights of the first."""
+        """Build the module of a configuration; all share one teacher."""
         options = {
             "student": {"source": str(self.folder / "dense"), "upcycle": {"num_experts": 8, "num_experts_per_tok": 2}},
             "teacher": {"source": str(self.folder / "teacher"), "view": "same", "dtype": "float32"},
@@ -90,12 +90,12 @@ class Problem:
             accumulate_grad_batches=1,
             global_step=0,
             precision="32-true",
+            training=True,
         )
         module._trainer = stub
         module.configure_model()
         if self.modules:
-            first = next(iter(self.modules.values()))
-            module.model, module.teacher.model = first.model, first.teacher.model
+            object.__setattr__(module, "teacher", next(iter(self.modules.values())).teacher)
         self.modules[name] = module
         return module
 
