@@ -70,7 +70,7 @@ CELLS: dict[str, dict[str, dict[str, Any]]] = {
     "+hidden_mse": {"hidden": {"weight": 0.1, "distance": "mse"}},
     "+hidden_cosine": {"hidden": {"weight": 0.1, "distance": "cosine"}},
     "+attention": {"attention": {"weight": 0.1}},
-    "+diversity": {"diversity": {"weight": 0.01}},
+    "+diversity": {"diversity": {"weight": 0.01, "sample_tokens": 128}},
     "+anchor": {"anchor": {"cka": {"weight": 0.1}}},
     "reverse": {"kl": {"divergence": "reverse"}},
     "jsd": {"kl": {"divergence": "jsd"}},
@@ -79,13 +79,13 @@ CELLS: dict[str, dict[str, dict[str, Any]]] = {
     "all": {
         "cka": {"weight": 0.1, "layer_weights": "balanced"},
         "attention": {"weight": 0.1, "layer_weights": "balanced"},
-        "diversity": {"weight": 0.01},
+        "diversity": {"weight": 0.01, "sample_tokens": 128},
     },
 }
 """Name of a cell -> what it changes in BASE, term by term."""
 
 MAIN = ("none", "ce+kl", "all")
-SCORED: dict[str, dict[str, Any]] = {**BASE, "cka": {"weight": 0.1}, "diversity": {"weight": 0.01}}
+SCORED: dict[str, dict[str, Any]] = {**BASE, "cka": {"weight": 0.1}, "diversity": {"weight": 0.01, "sample_tokens": 128}}
 """What is measured, for every model alike; the weights play no part in it."""
 
 
