@@ -85,7 +85,11 @@ CELLS: dict[str, dict[str, dict[str, Any]]] = {
 """Name of a cell -> what it changes in BASE, term by term."""
 
 MAIN = ("none", "ce+kl", "all")
-SCORED: dict[str, dict[str, Any]] = {**BASE, "cka": {"weight": 0.1}, "diversity": {"weight": 0.01, "sample_tokens": 128}}
+SCORED: dict[str, dict[str, Any]] = {
+    **BASE,
+    "cka": {"weight": 0.1},
+    "diversity": {"weight": 0.01, "sample_tokens": 128},
+}
 """What is measured, for every model alike; the weights play no part in it."""
 
 
