@@ -209,7 +209,7 @@ def _parsed(hint: Any, value: Any, key: str) -> Any:
     try:
         return parser.instantiate(parser.parse_object({"value": copy.deepcopy(value)})).value
     except (ArgumentError, ValueError, TypeError):
-        pass
+        pass  # raised below, outside the handler, for the reason given in `override`
     raise ValueError(f"{key} cannot be {value!r}; it takes {_described(hint)}.")
 
 

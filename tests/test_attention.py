@@ -14,7 +14,7 @@ from agri_moe.callbacks.attention import AttentionMonitor, advisory_queries
 from agri_moe.cli import main
 from agri_moe.data.chat import Segment
 from agri_moe.losses import align_attention, attention_distance, attention_mass, uniform_head_map
-from agri_moe.models.attention import attention_at, capture_attention, capture_queries_keys, check_readable
+from agri_moe.models.attention import attention_at, capture_attention, capture_queries_keys, check_readable, unreadable
 
 SHAPE = {
     "vocab_size": 64,
@@ -236,7 +236,9 @@ def test_other_attention_is_refused_without_weights(options, name):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_these_families_are_readable_without_weights(family):
     with torch.device("meta"):
-        check_readable(build(family, "sdpa"))
+        model = build(family, "sdpa")
+    check_readable(model)
+    assert unreadable(model) is None
 
 
 # ---------------------------------------------------------------------- distance
