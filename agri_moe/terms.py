@@ -137,7 +137,7 @@ class Diversity:
     """
 
     weight: Value = 0.0
-    sample_tokens: int = 64
+    sample_tokens: int = 32
 
 
 @dataclass

@@ -161,7 +161,7 @@ SETTINGS = {
         "real",
         max_length=1024,
         tokens_per_batch=1024,
-        teacher=Training(1500, 2e-3, qwen3(128, 6, 384), check_every=150, patience=2),
+        teacher=Training(4000, 2e-3, qwen3(128, 6, 384), check_every=150, patience=2),
         dense=Training(150, 3e-3, qwen3(96, 3, 192)),
         student=Training(150, 3e-3, {}),
         cka_every=4,

@@ -170,8 +170,9 @@ class CausalModel(nn.Module):
         if self._expert_sample is None:
             return
         experts, x_SD = block.experts, args[0].flatten(0, 1)[self._expert_sample]
-        gate_ESF, up_ESF = (x_SD @ experts.gate_up_proj.transpose(1, 2)).chunk(2, dim=-1)
-        outputs_ESD = (experts.act_fn(gate_ESF) * up_ESF) @ experts.down_proj.transpose(1, 2)
+        # Weights on the left: their gradients then come in their own layout, and need no transposed copy.
+        gate_EFS, up_EFS = (experts.gate_up_proj @ x_SD.T).chunk(2, dim=1)
+        outputs_ESD = (experts.down_proj @ (experts.act_fn(gate_EFS) * up_EFS)).transpose(1, 2)
         if self._expert_outputs is not None:
             self._expert_outputs[layer] = outputs_ESD
 
