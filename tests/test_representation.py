@@ -1,14 +1,18 @@
 """Hidden states, attention, diversity and anchor in the whole module, against plain transformers run row by row."""
 
 import copy
+import traceback
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from test_distill import SPEC, gradients, make_module, relative
+from test_distill import SPEC, gradients, make_module, relative, totals
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from agri_moe.callbacks.cka import CKAMonitor
+from agri_moe.data.packing import collate
 from agri_moe.models.causal import CausalModel, Reads, start_rows
 from agri_moe.models.distill import DistillModule
 from agri_moe.models.pretrain import PretrainModule
@@ -248,3 +252,33 @@ def test_diversity_needs_experts(chat, dense):
     module = PretrainModule(ModelConfig(source=str(dense)), objective=Objective(diversity=Diversity(weight=0.1)))
     with pytest.raises(ValueError, match=r"objective\.diversity compares experts, and model\.network has none"):
         module.check(chat)
+
+
+class HostReads(TorchDispatchMode):
+    """Collect the operations whose result, or its size, the host has to wait for."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "aten::equal", "repeat_interleave.Tensor")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name()
+        masked = name.startswith("aten::index") and any(getattr(i, "dtype", None) == torch.bool for i in args[1])
+        if masked or any(waiting in name for waiting in self.WAITING):
+            self.seen.append(f"{name} in {''.join(traceback.format_stack(limit=12)[:-1])}")
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_never_waits_for_the_device_within_a_step(chat, rows, dense, teacher):
+    """Positions are chosen on the CPU; from there on, no size and no branch hangs on what the device computes."""
+    module = everything(chat, dense, teacher)
+    batch = module.on_before_batch_transfer(collate([rows], totals(chat, rows, 1), 2048, chat.pad_id), 0)
+    with HostReads() as reads:
+        module.training_step(batch, 0)["loss"].backward()
+    # On CPU alone, the fused loss looks at the factor that backward hands it.
+    assert [seen for seen in reads.seen if "losses/logits.py" not in seen] == []
+    with HostReads() as reads:
+        batch["targets"].max().item()
+    assert len(reads.seen) == 1, "what the test looks for is found where it is"

@@ -128,10 +128,12 @@ class CausalModel(nn.Module):
             capture([backbone.layers[i] for i in reads.layers], batch.get("sample")) as streams,
             capture_attention([backbone.layers[i] for i in reads.attention], batch) as attention,
         ):
-            # No attention mask and no cache: transformers then derives the block mask of packed rows from
-            # position_ids. With a cache, or a mask of ones, rows would see their neighbours.
+            # No cache: with one, transformers would take packed rows for a single one.
             hidden_BTD = backbone(
-                input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
+                input_ids=batch["input_ids"],
+                position_ids=batch["position_ids"],
+                attention_mask=self._mask(batch["position_ids"]),
+                use_cache=False,
             ).last_hidden_state
         self._expert_outputs = None
         layers = dict(zip(reads.layers, streams, strict=True))
@@ -143,6 +145,20 @@ class CausalModel(nn.Module):
             attention=dict(zip(reads.attention, attention, strict=True)),
             experts=list(experts.values()),
         )
+
+    def _mask(self, position_ids_BT: Tensor) -> Tensor | None:
+        """Who sees whom, [B, 1, T, T]; None where transformers derives it from `position_ids`.
+
+        It does so for every kernel, but asks the device whether there is more than one row, and so waits for all work
+        that is under way: with sdpa, twice in a step of student and teacher.
+        """
+        config = self.hf.config
+        windows = getattr(config, "sliding_window", None), *(getattr(config, "layer_types", None) or ())
+        if config._attn_implementation != "sdpa" or set(windows) - {None, "full_attention"}:
+            return None
+        rows_BT = (position_ids_BT == 0).cumsum(1)
+        same_BTT = rows_BT[:, :, None] == rows_BT[:, None, :]
+        return same_BTT.tril()[:, None]
 
     def _project(
         self, layers: dict[int, Tensor], batch: dict[str, Tensor], hidden_BTD: Tensor
