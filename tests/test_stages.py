@@ -16,11 +16,11 @@ import yaml
 
 from agri_moe.cli import main
 from agri_moe.data.chat_data import ChatDataModule
-from agri_moe.models.base import OptimizerConfig
 from agri_moe.models.distill import DistillModule
 from agri_moe.models.source import StudentConfig
 from agri_moe.models.upcycle import UpcycleSpec
 from agri_moe.objective import Objective
+from agri_moe.optimizer import OptimizerConfig
 from agri_moe.schedules import Schedule, Value
 from agri_moe.stages import Stage, override, settings, spans, stage_at, trained_summary
 from agri_moe.teacher import TeacherConfig

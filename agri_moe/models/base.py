@@ -7,7 +7,6 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, cast
 
@@ -27,26 +26,10 @@ from agri_moe.models.causal import CausalModel, shard
 from agri_moe.models.source import ModelConfig, check_vocabulary
 from agri_moe.models.upcycle import is_moe
 from agri_moe.objective import Batch, Objective, Plan, Running, Term
+from agri_moe.optimizer import OptimizerConfig
 from agri_moe.schedules import Moment
 from agri_moe.stages import Stage, StageSettings, check_total, settings, spans, stage_at, trained_summary
 from agri_moe.teacher import TeacherSignal
-
-
-@dataclass
-class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay.
-
-    Args:
-        weight_decay: Decay of matrices; vectors (norms, biases) have none.
-        betas: Moments' decay rates.
-        warmup_steps: Optimizer steps from 0 to the full learning rate.
-        final_learning_rate: Learning rate at the last step, as a share of the full one.
-    """
-
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
-    warmup_steps: int = 100
-    final_learning_rate: float = 0.1
 
 
 class LanguageModule(lightning.LightningModule, ABC):
@@ -118,6 +101,7 @@ class LanguageModule(lightning.LightningModule, ABC):
         Raises:
             ValueError: In one sentence that names the key.
         """
+        self.optimizer_config.check()
         config = self.model_config.hf_config(self.model_key, chat)
         check_vocabulary(self.model_config.source, config, chat, f"{self.model_key}.source")
         if any(objective.uses("diversity") for objective in self.objectives) and not is_moe(config):
@@ -166,6 +150,11 @@ class LanguageModule(lightning.LightningModule, ABC):
             raise ValueError(
                 "trainer.strategy: ModelParallelStrategy shards the data only; give it "
                 f"init_args {{data_parallel_size: {self.trainer.world_size}, tensor_parallel_size: 1}}."
+            )
+        if self.device_mesh is not None and self.stage_config and self.optimizer_config.name != "adamw":
+            raise ValueError(
+                f"model.optimizer.name: {self.optimizer_config.name} has moments that a sharded run cannot begin anew "
+                "at a stage; use adamw, or leave model.stages out."
             )
         if not hasattr(self, "model"):
             self.check(self.chat)
@@ -233,7 +222,7 @@ class LanguageModule(lightning.LightningModule, ABC):
         return dict(self.model.hf.named_parameters()) | dict(self.model.projections.named_parameters("projections"))
 
     def configure_optimizers(self) -> Any:
-        """One AdamW for all stages over groups of (learning-rate factors, decayed or not); warm-up and cosine by step.
+        """One optimizer for all stages, over groups of (learning-rate factors, decayed or not); warm-up and cosine.
 
         What no stage trains is in no group. A learning rate is a function of the optimizer step alone, so that a run
         resumes exactly in the middle of a stage.
@@ -251,7 +240,7 @@ class LanguageModule(lightning.LightningModule, ABC):
             decay = self.optimizer_config.weight_decay if decayed else 0.0
             groups.append({"params": parameters, "lr": first, "weight_decay": decay})
             lambdas.append(partial(self._schedule, [peak / first for peak in peaks], self._stage_spans()))
-        optimizer = torch.optim.AdamW(groups, betas=self.optimizer_config.betas, fused=True)
+        optimizer = self.optimizer_config.build(groups)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambdas)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
