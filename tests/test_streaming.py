@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -12,8 +13,9 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import fsspec
 import numpy as np
@@ -429,6 +431,67 @@ def test_a_store_that_fails_while_it_is_read(bucket: str, make: Any, monkeypatch
     monkeypatch.setattr(type(fsspec.filesystem("memory")), "open", refused)
     with pytest.raises(ValueError, match=r"rows/0.parquet cannot be read as parquet \(403: the token has expired\)"):
         find_shards([source])
+
+
+class Ranges(BaseHTTPRequestHandler):
+    """Files in memory over HTTP, any part of them; notes how many bytes it sent."""
+
+    files: ClassVar[dict[str, bytes]] = {}
+    sent: ClassVar[list[int]] = []
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def do_GET(self) -> None:
+        self._answer(body=True)
+
+    def _answer(self, body: bool) -> None:
+        whole = self.files[self.path]
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        start, stop = (int(asked[1]), int(asked[2] or len(whole) - 1) + 1) if asked else (0, len(whole))
+        part = whole[start:stop]
+        self.send_response(206 if asked else 200)
+        if asked:
+            self.send_header("Content-Range", f"bytes {start}-{start + len(part) - 1}/{len(whole)}")
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        if body:
+            self.sent.append(self.wfile.write(part))
+
+    def log_message(self, *_: Any) -> None:
+        """Quiet."""
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Ranges) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{http.server_port}"
+        http.shutdown()
+
+
+def test_workers_read_over_the_network_after_the_main_process_has(bucket: str, make: Any, server: str) -> None:
+    """An asynchronous file system has a thread, which no worker inherits."""
+    memory = fsspec.filesystem("memory")
+    names = ("0.parquet", "deep/1.jsonl", "deep/2.csv")
+    Ranges.files = {f"/{name}": memory.cat(f"/bucket/rows/{name}") for name in names}
+    data = make([f"{server}/{name}" for name in names], streaming=True, num_workers=2)
+    data.setup("fit")
+    assert [shard.source.kind for shard in find_shards(data._sources("train"))] == ["parquet"] * 3 + ["jsonl", "csv"]
+    rows = [ids for batch in data.train_dataloader() for ids in batch["row_ids"].unique().tolist() if ids >= 0]
+    assert len(rows) == len(set(rows)) == 40
+
+
+def test_a_shard_fetches_its_own_bytes(server: str) -> None:
+    buffer = io.BytesIO()
+    rows = [{"number": i, "noise": os.urandom(100_000)} for i in range(80)]  # 8 MB in 8 row groups
+    pq.write_table(pa.Table.from_pylist(rows), buffer, row_group_size=10)
+    Ranges.files = {"/a.parquet": buffer.getvalue()}
+    shards = find_shards(find_sources(f"{server}/a.parquet", "data.train"))
+    Ranges.sent.clear()
+    assert [row.number for row in read_shard(shards[1])] == list(range(10, 20))
+    assert 1_000_000 < sum(Ranges.sent) < 1_100_000
 
 
 def test_too_few_shards_show_before_any_model_is_loaded(bucket: str, make: Any) -> None:

@@ -314,8 +314,8 @@ def _open_parquet(path: str) -> Iterator[Any]:
         with pq.ParquetFile(path) as parquet:
             yield parquet
         return
-    # Without pre_buffer each column asks for its pages one by one, far away.
-    with _open(path) as file, pq.ParquetFile(file, pre_buffer=True) as parquet:
+    # Arrow knows which bytes it wants, and asks for those of a row group together; a cache would fetch others too.
+    with _open_url(path, cache_type="none") as file, pq.ParquetFile(file, pre_buffer=True) as parquet:
         yield parquet
 
 
@@ -387,11 +387,14 @@ def _open_csv(path: str) -> io.TextIOWrapper:
 def _open(path: str) -> BinaryIO:
     if not _URL.match(path):
         return Path(path).open("rb")
+    return cast(BinaryIO, io.BufferedReader(_open_url(path), _BUFFER))
+
+
+def _open_url(path: str, **options: str) -> Any:
     files, name = fsspec.core.url_to_fs(path)
-    file = files.open(name, "rb")
-    if isinstance(file, io.BytesIO):  # memory:// has one position for all who read a file
-        file = io.BytesIO(file.getvalue())
-    return cast(BinaryIO, io.BufferedReader(file, _BUFFER))
+    file = files.open(name, "rb", **options)
+    # memory:// has one position for all who read a file.
+    return io.BytesIO(file.getvalue()) if isinstance(file, io.BytesIO) else file
 
 
 def _read_text(path: str, start: int, columns: set[str] | None) -> Iterator[RawRow]:
