@@ -20,6 +20,7 @@ from torch.distributed.tensor import Shard
 from transformers import PreTrainedModel
 
 from agri_moe.models.attention import capture_attention
+from agri_moe.models.experts import follow_autocast
 
 R = TypeVar("R")
 
@@ -59,6 +60,7 @@ class CausalModel(nn.Module):
     def __init__(self, hf: PreTrainedModel, projections: dict[tuple[int, int], int] | None = None):
         super().__init__()
         self.hf = hf
+        follow_autocast(hf)
         width = hf.config.hidden_size
         self.projections = nn.ModuleDict(
             {f"{i}_{j}": nn.Linear(width, other, bias=False) for (i, j), other in (projections or {}).items()}
