@@ -431,7 +431,8 @@ class Planner:
                 if sharded:
                     parts.append(Part(f"{name}: layers gathered", cost.gathered(model.pieces, frozen_size, root=False)))
         parts.append(Part("student: weights", size * pieces.total // ranks))
-        parts.append(Part("optimizer: two moments", 2 * size * pieces.trained // ranks))
+        moments = round(self.module.optimizer_config.moment_bytes(size) * pieces.trained)
+        parts.append(Part("optimizer: moments", moments // ranks))
         if run.strategy == "ddp":
             parts.append(Part("DDP: buckets of gradients", held.gradients))
         if sharded:
@@ -533,7 +534,8 @@ class Planner:
     def disk(self) -> Disk:
         """What checkpoints and caches take."""
         run, supply, pieces = self.run, self.supply, self.whole.pieces
-        checkpoint = run.weight_size * (pieces.total + 2 * pieces.trained)
+        moments = round(self.module.optimizer_config.moment_bytes(run.weight_size) * pieces.trained)
+        checkpoint = run.weight_size * pieces.total + moments
         kept = run.kept
         if kept < 0:
             steps = self.steps()

@@ -102,9 +102,7 @@ class Setting:
 
 
 def rehearse(module: LanguageModule, models: Models, rows: Rows, setting: Setting, control_ids: list[int]) -> Rehearsal:
-    """Run two micro-batches without numbers; report the second, which finds the gradients of the first.
-
-    Lightning clears gradients between forward and backward pass, so the forward pass has the last step's beside it.
+    """Run two micro-batches without numbers; report the second, which finds the gradients of the first if they add up.
 
     Args:
         module: Fresh from the config, nothing loaded; it is given models without storage and is of no use afterwards.
@@ -250,11 +248,11 @@ def _batch(rows: Rows, control_ids: list[int]) -> Batch:
 
 def _micro_batch(step: _Step, batch: Batch) -> int:
     """Forward and backward pass as `DistillModule.training_step` makes them; bytes of copied weights in between."""
+    if step.setting.accumulate == 1:
+        step.module.zero_grad(set_to_none=True)
     with _autocast(step.setting.precision):
         loss = _forward(step, batch)
     copies = step.ledger.copies
-    if step.setting.accumulate == 1:
-        step.module.zero_grad(set_to_none=True)
     with step.ledger.phase("backward pass"):
         loss.backward()
     return copies

@@ -141,14 +141,14 @@ def measured(folder: Path, batch: Batch, precision: str, checkpointing: bool, de
 
 
 def step(module: Any, batch: Batch, optimizer: torch.optim.Optimizer, precision: str) -> None:
-    """One optimizer step, in Lightning's order."""
+    """One optimizer step, in the order of `fit`."""
     device = module.device
     chosen = {name: t.to(device) for name, t in module.on_before_batch_transfer(dict(batch), 0).items()}
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
         out = module.training_step(chosen, 0)
-    optimizer.zero_grad()
     out["loss"].backward()
     optimizer.step()
+    optimizer.zero_grad()
 
 
 def apart(folder: Path, case: str) -> Held:

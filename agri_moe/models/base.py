@@ -507,6 +507,15 @@ class LanguageModule(lightning.LightningModule, ABC):
         """Log the terms of a finished step."""
         self.log_dict({f"train/{name}": value for name, value in values.items()}, prog_bar=True)
 
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, and let the gradients go.
+
+        Lightning clears them between the next forward and backward pass: all that while they would stand beside the
+        activations.
+        """
+        super().optimizer_step(*args, **kwargs)
+        self.zero_grad(set_to_none=True)
+
     def configure_gradient_clipping(
         self,
         optimizer: torch.optim.Optimizer,
