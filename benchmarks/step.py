@@ -31,7 +31,7 @@ import os
 import statistics
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -600,10 +600,11 @@ def run(arguments: argparse.Namespace) -> None:
     report("step", "\n".join(text), result)
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--micro_rows", type=int, default=2, help="rows of a micro-batch")
+def parser(description: str, rows: int, micro_rows: int) -> argparse.ArgumentParser:
+    """Models and rows of a step, from the command line."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=rows)
+    parser.add_argument("--micro_rows", type=int, default=micro_rows, help="rows of a micro-batch")
     parser.add_argument("--max_length", type=int, default=1024, help="longest row; GKDTrainer's own default")
     parser.add_argument("--random", action="store_true", help="random tokens in place of the real rows")
     parser.add_argument("--seed", type=int, default=0)
@@ -614,13 +615,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--teacher_layers", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--profile", action="store_true", help="also print where our step's time goes")
-    parser.add_argument("--memory", choices=list(CONTESTANTS), help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
+    return parser
 
 
 def main() -> None:
-    arguments = parse()
+    options = parser(__doc__ or "", rows=8, micro_rows=2)
+    options.add_argument("--profile", action="store_true", help="also print where our step's time goes")
+    options.add_argument("--memory", choices=list(CONTESTANTS), help=argparse.SUPPRESS)
+    arguments = options.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.memory:
         print(json.dumps(memory(setting_of(arguments), arguments.memory)))
