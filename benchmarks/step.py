@@ -26,6 +26,7 @@ others (`products`). One large product (2,048 cubed) is shown beside it.
 """
 
 import argparse
+import copy
 import json
 import os
 import statistics
@@ -96,7 +97,9 @@ class Corpus(NamedTuple):
 def real_data(max_length: int) -> ChatDataModule:
     """The data module over the training rows of the folder named by AGRI_MOE_DATA."""
     if not DATA.is_dir():
-        raise SystemExit(f"error: {DATA} does not exist; set AGRI_MOE_DATA to the folder with the real rows.")
+        raise SystemExit(
+            f"error: {DATA} does not exist; set AGRI_MOE_DATA to the folder with the real rows, or take --random ones."
+        )
     return ChatDataModule(
         tokenizer=str(DATA / "qwen3-0.6b"),
         train=[str(DATA / f"{name}_train.parquet") for name in SOURCES],
@@ -310,7 +313,7 @@ class Gkd:
         self.examples = [[self._example(row) for row in rows] for rows in setting.micro_batches]
         self.trainer = GKDTrainer(
             model=setting.new_student(),
-            teacher_model=teacher,
+            teacher_model=copy.copy(teacher),  # accelerate gives it another forward, which is not for the others
             args=arguments,
             train_dataset=Dataset.from_list(self.examples[0]),
             processing_class=self._tokenizer(setting.corpus.pad_id),
@@ -482,9 +485,12 @@ def profiled(ours: Ours, top: int = 5) -> tuple[list[list[str | float]], dict[st
     widths = ours.setting.student.hidden_size, ours.setting.teacher.hidden_size
     parts: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for event in found.events() or []:
+        if event.device_type.name != "CPU":  # a kernel, whose time its operator has too
+            continue
         spent = event.self_device_time_total if cuda else event.self_cpu_time_total
-        if spent and event.name not in RANGES:
-            parts[_part(event, *widths)][event.name] += spent / 1000
+        if spent:
+            name = "between operators" if event.name in RANGES else event.name
+            parts[_part(event, *widths)][name] += spent / 1000
     totals = {part: sum(operators.values()) for part, operators in parts.items()}
     whole = sum(totals.values())
     rows: list[list[str | float]] = []
