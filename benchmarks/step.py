@@ -41,6 +41,7 @@ from typing import Any, NamedTuple
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # a bar for every model; read when tqdm is imported
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import numpy as np
 import torch
