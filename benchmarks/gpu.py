@@ -6,9 +6,9 @@
 
 Weights are random and made on the device; nothing is downloaded. Student bf16-mixed over float32 weights, teacher bf16,
 packed sequences of 2,048 tokens, activations recomputed; CE, KL and CKA as configs/distill.yaml has them, but nothing
-frozen. The rows are random tokens at the lengths of the real rows (step.py), so that no file is needed. Contestants,
-useful FLOPs and the share of matrix throughput are step.py's, with `torch.mm` in bf16; the contestants come one after
-the other, since together they would not fit. Memory is the allocator's peak over a step. One that runs out of memory is
+frozen. The rows are random tokens at the lengths of the real rows, so that no file is needed. Contestants, useful FLOPs
+and the share of matrix throughput are those of step.py, with `torch.mm` in bf16; the contestants come one after the
+other, since together they would not fit. Memory is the allocator's peak over a step. One that runs out of memory is
 said to; a peer is then measured on fewer rows (`--peer_rows`), with its own number of tokens.
 
 A synchronisation is a place where the host waits for the device, as torch.cuda.set_sync_debug_mode counts them in one
@@ -25,23 +25,9 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from contestants import CONTESTANTS, GKD, OURS, Ours, Setting, in_micro_batches, installed, qwen3, random_rows
 from measure import Products, in_turns, mark, ratio, report, table
-from step import (
-    CONTESTANTS,
-    GKD,
-    LARGE,
-    OURS,
-    Ours,
-    Setting,
-    about,
-    in_micro_batches,
-    installed,
-    profiled,
-    qwen3,
-    random_rows,
-    useful_flops,
-    useful_products,
-)
+from step import LARGE, about, profiled, useful_flops, useful_products
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 

@@ -18,9 +18,10 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import step
 import torch
+from contestants import Ours, parser, real_data, setting_of
 from measure import in_turns, ratio, report, table
+from step import about
 
 from agri_moe.data.packing import pack
 
@@ -53,14 +54,14 @@ def shares(lengths: Sequence[int]) -> dict[str, float]:
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure and report."""
-    setting = step.setting_of(arguments)
+    setting = setting_of(arguments)
     lengths = [len(row.input_ids) for row in setting.corpus.rows]
     if not arguments.random:
-        lengths = step.real_data(LONGEST).rows("train").lengths.tolist()
+        lengths = real_data(LONGEST).rows("train").lengths.tolist()
     found = shares(lengths)
     teacher = setting.new_teacher()
     whole = replace(setting, max_length=LONGEST)
-    contestants = {"packed": step.Ours(whole, teacher), "padded": step.Ours(whole, teacher, packed=False)}
+    contestants = {"packed": Ours(whole, teacher), "padded": Ours(whole, teacher, packed=False)}
     seconds = in_turns({name: one.step for name, one in contestants.items()}, arguments.repeats)
     gain = ratio(seconds["padded"], seconds["packed"])
     steps: list[list[Any]] = [
@@ -72,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
         f"longest {max(lengths):,}.\n",
         table(("batches", "useful tokens"), [[name, f"{share:.1%}"] for name, share in found.items()]),
         "",
-        step.about(setting),
+        about(setting),
         table(("our step", "seconds", "tokens/s"), steps),
         f"\nPacking is {gain} times as fast.",
     ]
@@ -84,8 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = step.parser(__doc__ or "", rows=16, micro_rows=8)
-    arguments = parser.parse_args()
+    arguments = parser(__doc__ or "", rows=16, micro_rows=8).parse_args()
     torch.set_num_threads(arguments.threads)
     run(arguments)
 
