@@ -140,8 +140,11 @@ class Setting:
         return StepTotals(np.sum(counts, axis=0), self.tokens, len(self.micro_batches))
 
     def new_student(self) -> PreTrainedModel:
-        """The student, with float32 weights that are the same each time."""
-        return self._new(self.student, torch.float32)
+        """The student in training, with float32 weights that are the same each time."""
+        model = self._new(self.student, torch.float32).train()
+        if self.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        return model
 
     def new_teacher(self) -> PreTrainedModel:
         """The teacher, frozen."""
@@ -209,10 +212,7 @@ class Ours:
                 learning_rate=LEARNING_RATE,
             )
             self.module._trainer = self._trainer()
-            hf = setting.new_student()
-            if setting.gradient_checkpointing:
-                hf.gradient_checkpointing_enable({"use_reentrant": False})
-            self.module.build(hf)
+            self.module.build(setting.new_student())
         object.__setattr__(self.module, "teacher", OnlineTeacher(CausalModel(teacher)))
         self.optimizer = self.module.configure_optimizers()["optimizer"]
 
@@ -267,7 +267,7 @@ class Gkd:
             output_dir=tempfile.gettempdir(),
             use_cpu=setting.device == "cpu",
             bf16=setting.mixed,
-            gradient_checkpointing=setting.gradient_checkpointing,
+            gradient_checkpointing=False,  # `Trainer.train` would enable it; the student comes with it
             per_device_train_batch_size=len(setting.micro_batches[0]),
             gradient_accumulation_steps=len(setting.micro_batches),
             max_steps=1000,
@@ -287,7 +287,11 @@ class Gkd:
             train_dataset=Dataset.from_list(self.examples[0]),
             processing_class=self._tokenizer(setting.corpus.pad_id),
         )
-        self.trainer.create_optimizer_and_scheduler(1000)
+        self.trainer.create_optimizer()
+        # As `Trainer.train` does: this is what puts autocast around the forward pass.
+        accelerator = self.trainer.accelerator
+        self.model, self.trainer.optimizer = accelerator.prepare(self.trainer.model, self.trainer.optimizer)
+        self.trainer.create_scheduler(1000)
 
     @staticmethod
     def _tokenizer(pad_id: int) -> PreTrainedTokenizerFast:
@@ -309,11 +313,11 @@ class Gkd:
         batches = [trainer.data_collator(examples) for examples in self.examples]
         labels = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches)
         for batch in batches:
-            trainer.training_step(trainer.model, batch, labels)
-        trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), 1.0)
+            trainer.training_step(self.model, batch, labels)
+        trainer.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
         trainer.optimizer.step()
         trainer.lr_scheduler.step()
-        trainer.model.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
 
 
 class Plain:
@@ -322,9 +326,7 @@ class Plain:
     def __init__(self, setting: Setting, teacher: PreTrainedModel) -> None:
         self.setting = setting
         self.teacher = teacher
-        self.student = setting.new_student().train()
-        if setting.gradient_checkpointing:
-            self.student.gradient_checkpointing_enable({"use_reentrant": False})
+        self.student = setting.new_student()
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=LEARNING_RATE, fused=True)
 
     def _batch(self, rows: list[PackedRow]) -> tuple[Tensor, Tensor, Tensor]:
