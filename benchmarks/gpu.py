@@ -26,8 +26,8 @@ from typing import Any
 
 import torch
 from contestants import CONTESTANTS, GKD, OURS, Ours, Setting, in_micro_batches, installed, qwen3, random_rows
-from measure import Products, in_turns, mark, ratio, report, table
-from step import LARGE, about, profiled, useful_flops, useful_products
+from measure import Products, in_turns, mark, report, table
+from step import LARGE, PROFILE, about, profiled, share, useful_flops, useful_products
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
@@ -109,7 +109,7 @@ def measured(setting: Setting, step: Callable[[], object], repeats: int) -> dict
         "useful_flops_per_second": useful_flops(setting) / median,
         "products_flops_per_second": products.flops / statistics.median(seconds["products"]),
         "large_product_flops_per_second": large.flops / statistics.median(seconds["large"]),
-        "share": ratio([useful_flops(setting) / products.flops * s for s in seconds["products"]], seconds["step"]),
+        "share": share(setting, products, seconds["products"], seconds["step"]),
     }
 
 
@@ -128,7 +128,7 @@ def contest(name: str, setting: Setting, teacher: PreTrainedModel, repeats: int)
     if name == OURS:
         found["synchronisations"] = synchronisations(made.step) if setting.device == "cuda" else "no GPU"
         parts, found["profile_ms"] = profiled(made)
-        found["profile"] = table(("part of our step", "ms", "share", "dearest operators, ms"), parts)
+        found["profile"] = table(PROFILE, parts)
     return found
 
 

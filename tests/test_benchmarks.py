@@ -188,7 +188,7 @@ def test_the_profile_knows_the_parts_of_a_step(setting):
     heads = {"teacher head", "student head and its gradients", "loss, passes over the logits"}
     assert parts | heads <= totals.keys()
     assert all(total > 0 for total in totals.values())
-    assert [row[1] for row in rows] == sorted(totals.values(), reverse=True)
+    assert [row[0] for row in rows] == sorted(totals, key=lambda part: -totals[part])
 
 
 def test_step_reports_and_measures_memory(output, monkeypatch, capsys):
@@ -198,7 +198,7 @@ def test_step_reports_and_measures_memory(output, monkeypatch, capsys):
     run(monkeypatch, step, "--random", *sizes)
     out = capsys.readouterr().out
     assert "share of matrix throughput" in out
-    written = json.loads((output / "step.json").read_text())
+    written = json.loads((output / "step.json").read_text())["contestants"]
     assert written["ours"]["tokens_per_second"] > 0
     assert written["plain"]["memory"] == {"before": 100.0, "peak": 120.0}
     found = step.memory(contestants.setting_of(TINY), "ours")
