@@ -139,15 +139,8 @@ def profiled(ours: Ours, top: int = 5) -> tuple[list[list[str]], dict[str, float
     for part, total in sorted(totals.items(), key=lambda item: -item[1]):
         dearest = sorted(parts[part].items(), key=lambda item: -item[1])[:top]
         products = sum(ms for name, ms in parts[part].items() if name in _PRODUCTS)
-        rows.append(
-            [
-                part,
-                f"{total:,.0f}",
-                f"{total / whole:.0%}",
-                f"{products:,.0f}",
-                ", ".join(f"{name} {ms:,.0f}" for name, ms in dearest),
-            ]
-        )
+        names = ", ".join(f"{name} {ms:,.0f}" for name, ms in dearest)
+        rows.append([part, f"{total:,.0f}", f"{total / whole:.0%}", f"{products:,.0f}", names])
     return rows, totals
 
 
