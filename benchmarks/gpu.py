@@ -151,7 +151,7 @@ def synchronisations(step: Callable[[], object]) -> dict[str, int]:
 def fp8_refused(device: str) -> str:
     """Why there can be no fp8 teacher here; empty if there can."""
     if not find_spec("torchao"):
-        return "torchao is not installed (pip install -c constraints.txt torchao)"
+        return "torchao is not installed (pip install -c constraints.txt -e '.[lowbit]')"
     if device != "cuda":
         return "fp8 products need a GPU"
     if torch.cuda.get_device_capability() < FP8_CAPABILITY:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from loss_step import Problem, ours
-from measure import apart, in_turns, mark, peak_mb, report, table
+from measure import above_mb, apart, in_turns, mark, report, table
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -76,11 +76,8 @@ def build(arguments: argparse.Namespace, tokens: int, vocabulary: int) -> Proble
 def workspace_mb(arguments: argparse.Namespace, tokens: int, vocabulary: int) -> float:
     """Peak above the resident size before, less the gradients of head and hidden states."""
     problem = build(arguments, tokens, vocabulary)
-    problem.step(loss)  # what is made once, in any program
-    problem.hidden_ND.grad = problem.head_VD.grad = None
-    found = peak_mb(partial(problem.step, loss))
-    gradients = (problem.hidden_ND.numel() + problem.head_VD.numel()) * 4 / 1e6
-    return found["peak"] - found["before"] - gradients
+    above = above_mb(partial(problem.step, loss), problem.forget)
+    return above - (problem.hidden_ND.numel() + problem.head_VD.numel()) * 4 / 1e6
 
 
 def sizes(arguments: argparse.Namespace) -> dict[str, dict[int, tuple[int, int]]]:

@@ -25,7 +25,7 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple, get_args
 
 import torch
-from measure import Product, Products, Step, apart, in_turns, mark, peak_mb, ratio, report, table
+from measure import Product, Products, Step, above_mb, apart, in_turns, mark, ratio, report, table
 from measure import processor as processor  # other benchmarks take these two from here
 from measure import resident_mb as resident_mb
 from torch import Tensor
@@ -47,9 +47,13 @@ class Problem:
         self.teacher_hidden_ND = torch.randn(tokens, teacher_width)
         self.teacher_head_VD = torch.randn(vocabulary, teacher_width) / teacher_width**0.5
 
+    def forget(self) -> None:
+        """Drop the gradients."""
+        self.hidden_ND.grad = self.head_VD.grad = None
+
     def step(self, loss: Loss) -> Tensor:
         """Forward and backward; gradients of the step before are dropped."""
-        self.hidden_ND.grad = self.head_VD.grad = None
+        self.forget()
         value = loss(self)
         value.backward()
         return value.detach()
@@ -174,10 +178,7 @@ def build(arguments: argparse.Namespace, tokens: int) -> Problem:
 def memory(arguments: argparse.Namespace, name: str) -> float:
     """Peak MB of a step above the resident size before it."""
     problem = build(arguments, arguments.tokens)
-    problem.step(contestants(arguments)[name])  # what is made once, in any program
-    problem.hidden_ND.grad = problem.head_VD.grad = None
-    found = peak_mb(lambda: problem.step(contestants(arguments)[name]))
-    return found["peak"] - found["before"]
+    return above_mb(partial(problem.step, contestants(arguments)[name]), problem.forget)
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -115,6 +115,16 @@ def peak_mb(step: Step) -> dict[str, float]:
     return {"before": before, "peak": resident_mb("VmHWM")}
 
 
+def above_mb(step: Step, forget: Step) -> float:
+    """How far a second step rises above the resident size before it, once `forget` has dropped the first one's."""
+    step()
+    forget()
+    before = resident_mb("VmRSS")
+    forget_peak()
+    step()
+    return resident_mb("VmHWM") - before
+
+
 def apart(*arguments: str) -> Any:
     """Run this script in a fresh process with more arguments; the last line that it prints is JSON."""
     command = [sys.executable, *sys.argv, *arguments]

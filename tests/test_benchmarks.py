@@ -88,6 +88,20 @@ def test_marks_say_which_side_they_are_on():
     assert measure.mark("share", 0.5, 0.7, at_least=True) == "MISS: share 0.50, at least 0.7"
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read from Linux's /proc")
+def test_a_step_rises_by_what_it_holds_at_most():
+    held = []
+    size_mb = 200
+
+    def hold():
+        held.append(torch.ones(size_mb * 250_000))
+
+    assert measure.above_mb(hold, held.clear) == pytest.approx(size_mb, rel=0.05)
+    held.clear()
+    found = measure.peak_mb(lambda: torch.ones(size_mb * 250_000))
+    assert found["peak"] - found["before"] == pytest.approx(size_mb, rel=0.05)
+
+
 # ---------------------------------------------------------------------- the loss step
 
 
