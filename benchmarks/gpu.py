@@ -123,7 +123,7 @@ def contest(name: str, setting: Setting, teacher: PreTrainedModel, repeats: int)
         return {"out_of_memory": str(error).splitlines()[0]}
     release()
     made.step()
-    peak = torch.cuda.max_memory_allocated() / 1e6 if setting.device == "cuda" else float("nan")
+    peak = torch.cuda.max_memory_allocated() / 1e6 if setting.device == "cuda" else None
     found = measured(setting, made.step, repeats) | {"peak_mb": peak}
     if name == OURS:
         found["synchronisations"] = synchronisations(made.step) if setting.device == "cuda" else "no GPU"
@@ -219,7 +219,7 @@ def _cells(one: dict[str, Any]) -> list[str]:
     return [
         f"{statistics.median(one['seconds']):.3f}",
         f"{one['tokens_per_second']:,.0f}",
-        f"{one['peak_mb'] / 1e3:,.1f}",
+        f"{one['peak_mb'] / 1e3:,.1f}" if one["peak_mb"] else "-",
         f"{one['useful_flops_per_second'] / 1e12:,.1f}",
         str(one["share"]),
         f"{one['large_product_flops_per_second'] / 1e12:,.0f} TFLOP/s",
