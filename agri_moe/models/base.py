@@ -22,7 +22,8 @@ from agri_moe.data.chat import Chat, Segment
 from agri_moe.generation import generate
 from agri_moe.losses import Routing, routing, token_statistics
 from agri_moe.metrics import RoutingStatistics, SegmentLoss, TeacherAgreement, TermMean, balanced_perplexity
-from agri_moe.models.causal import CausalModel, shard
+from agri_moe.models.causal import CausalModel
+from agri_moe.models.sharding import shard
 from agri_moe.models.source import ModelConfig, check_vocabulary
 from agri_moe.models.upcycle import is_moe
 from agri_moe.objective import Batch, Objective, Plan, Running, Term
@@ -166,11 +167,15 @@ class LanguageModule(lightning.LightningModule, ABC):
         """Load the model and mark what is trained. Called by Lightning, once per stage; loads once."""
         if hasattr(self, "model"):
             return
-        hf = self.model_config.load(self.model_key, self.chat)
+        mesh = self.device_mesh
+        pieces = None if mesh is None else self.model_config.in_pieces(self.model_key, self.chat)
+        hf = self.model_config.load(self.model_key, self.chat) if pieces is None else pieces.shape()
         hf.config.use_cache = False
         if self.gradient_checkpointing:
             hf.gradient_checkpointing_enable({"use_reentrant": False})
         self.build(hf)
+        if pieces is not None:
+            pieces.fill(hf, self.trainer.strategy.root_device)
         total, active, trained = parameter_counts(self.model)
         rank_zero_info(f"Model: {total:,} parameters, {active:,} active for one token, {trained:,} trained.")
 
