@@ -291,8 +291,21 @@ class LanguageModule(lightning.LightningModule, ABC):
         return math.ceil(batches / self.trainer.accumulate_grad_batches)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the architecture beside the weights: export and generate then need no source folder."""
+        """Keep the architecture beside the weights, and the optimizer's state by name.
+
+        Export and generate then need no source folder, and a sharded run can go on from whole weights: by number, as
+        torch has it, the state of a parameter would be looked for in another order.
+        """
         checkpoint["hf_config"] = self.model.hf.config.to_dict()
+        for state, optimizer in zip(checkpoint.get("optimizer_states", []), self.trainer.optimizers, strict=True):
+            _by_name(state, self._numbered(optimizer))
+
+    def _numbered(self, optimizer: torch.optim.Optimizer) -> list[str]:
+        """Names of the parameters in the order in which a state that is kept by number counts them."""
+        if self.device_mesh is not None:  # Lightning's numbering of what it has gathered from shards
+            return [name for name, _ in self.named_parameters()]
+        names = {parameter: name for name, parameter in self.named_parameters()}
+        return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Fit the state of the objective to a checkpoint that another objective left.
@@ -626,6 +639,16 @@ class LanguageModule(lightning.LightningModule, ABC):
         if losses:
             values["balanced_perplexity"] = balanced_perplexity(losses["loss"], values["balance_score"])
         return values
+
+
+def _by_name(state: dict[str, Any], names: Sequence[str]) -> None:
+    """Key an optimizer's state by name instead of number, in place; what is keyed by name already stays."""
+    groups = state.get("param_groups", [])  # none on ranks that do not write
+    if all(isinstance(number, str) for group in groups for number in group["params"]):
+        return
+    state["state"] = {names[number]: moments for number, moments in state["state"].items()}
+    for group in groups:
+        group["params"] = [names[number] for number in group["params"]]
 
 
 def layer_name(term: str, layer: int) -> str:

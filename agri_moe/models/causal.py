@@ -224,16 +224,14 @@ def capture(modules: Sequence[nn.Module], sample_S: Tensor | None = None) -> Ite
             handle.remove()
 
 
-def grow(model: PreTrainedModel, tokens: Collection[int]) -> bool:
-    """Make room for these token ids in embedding and head, not sharded, in place; returns whether there was none.
+def grow(model: PreTrainedModel, tokens: Collection[int]) -> None:
+    """Make room for these token ids in embedding and head, in place, before they are sharded.
 
     Where the padded matrix has free rows, as Qwen's does, it does not grow; otherwise it grows to the next multiple of
     128.
     """
-    if max(tokens, default=0) < model.get_input_embeddings().weight.shape[0]:
-        return False
-    model.resize_token_embeddings(max(tokens) + 1, pad_to_multiple_of=128, mean_resizing=False)
-    return True
+    if max(tokens, default=0) >= model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(max(tokens) + 1, pad_to_multiple_of=128, mean_resizing=False)
 
 
 def start_rows(model: PreTrainedModel, pieces: dict[int, list[int]]) -> None:

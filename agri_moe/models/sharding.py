@@ -32,15 +32,18 @@ if TYPE_CHECKING:
 def shard(model: CausalModel, mesh: DeviceMesh, dtype: torch.dtype | None) -> None:
     """Shard a model that is trained: each layer by itself, then the rest with the head, whose forward holds the loss.
 
+    As under autocast, the residual stream, the embedding and the head's gradient keep their type, whatever that of the
+    layers' weights. Gradients are reduced in float32.
+
     Args:
         model: Changed in place; its parameters become shards.
         mesh: One-dimensional.
-        dtype: Type in which parameters are gathered and used; None keeps their own. Gradients are reduced in float32.
+        dtype: Type in which the layers' parameters are gathered and used; None keeps their own.
     """
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in model.hf.model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy, shard_placement_fn=partial(_placement, mesh.size()))
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
 
 
 def shard_frozen(model: CausalModel, mesh: DeviceMesh) -> None:
