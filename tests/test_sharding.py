@@ -14,6 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from agri_moe.data.chat import Chat
+from agri_moe.generation import sample
 from agri_moe.models.causal import CausalModel, Reads
 from agri_moe.models.sharding import place, shard, shard_frozen
 from agri_moe.models.source import ModelConfig
@@ -144,18 +145,63 @@ def _check_frozen(mesh: DeviceMesh, chat: Chat, sources: list[str]) -> None:
             frozen = OnlineTeacher(CausalModel(hf))
             shard_frozen(frozen.model, mesh)
             pieces.fill(hf, CPU)
-            _compare_answers(frozen, OnlineTeacher(CausalModel(config.load("model.teacher", chat, dtype))), batch)
+            _compare_answers(
+                frozen, OnlineTeacher(CausalModel(config.load("model.teacher", chat, dtype))), batch, [0, 3]
+            )
             held = [p for p in hf.parameters() if not isinstance(p, DTensor)]
             assert held == [hf.lm_head.weight], "the head alone is whole"
             assert not any(p.requires_grad for p in hf.parameters())
 
 
-def _compare_answers(frozen: OnlineTeacher, expected: OnlineTeacher, batch: dict[str, torch.Tensor]) -> None:
+def test_what_cannot_be_read_in_pieces_is_read_whole_and_said(chat: Chat, tmp_path: Path) -> None:
+    options = {"hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 16, "num_experts": 4}
+    config = AutoConfig.for_model(
+        "qwen2_moe", **options, shared_expert_intermediate_size=16, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=128 * (1 + len(chat.tokenizer) // 128),
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    on_ranks(_check_whole, chat, str(tmp_path))
+
+
+def _check_whole(mesh: DeviceMesh, chat: Chat, source: str) -> None:
+    config = ModelConfig(source)
+    with pytest.warns(UserWarning, match=r"model\.teacher: .* it has no tensor .*experts\.gate_up_proj"):
+        assert config.in_pieces("model.teacher", chat) is None
+    frozen = OnlineTeacher(CausalModel(config.load("model.teacher", chat)))
+    shard_frozen(frozen.model, mesh)
+    batch = {
+        "input_ids": torch.arange(20)[None],
+        "position_ids": torch.arange(20)[None],
+        "teacher_sample": torch.arange(7),
+        "teacher_positions": torch.arange(9),
+    }
+    _compare_answers(frozen, OnlineTeacher(CausalModel(config.load("model.teacher", chat))), batch, layers=[1])
+
+
+def _compare_answers(
+    frozen: OnlineTeacher, expected: OnlineTeacher, batch: dict[str, torch.Tensor], layers: list[int]
+) -> None:
     for _ in range(2):  # the second time from resharded parameters
-        got, wanted = (model.signal(batch, Reads(layers=[0, 3])) for model in (frozen, expected))
+        got, wanted = (model.signal(batch, Reads(layers=layers)) for model in (frozen, expected))
         assert torch.equal(got.head_VD, wanted.head_VD)
         assert torch.equal(got.hidden_MD, wanted.hidden_MD)
-        assert all(torch.equal(got.layers[i], wanted.layers[i]) for i in (0, 3))
+        assert all(torch.equal(got.layers[i], wanted.layers[i]) for i in layers)
+
+
+def test_ranks_write_together_what_one_writes(chat: Chat, dense: Path) -> None:
+    on_ranks(_check_generation, chat, ModelConfig(str(dense), upcycle=SPEC))
+
+
+def _check_generation(mesh: DeviceMesh, chat: Chat, config: ModelConfig) -> None:
+    prompts = [chat.encode_prompt(text) for text in ("धान", "गेहूँ में पीला रतुआ", "The leaves turn yellow")]
+    own = prompts[mesh.get_local_rank() :]
+    expected = config.load("model", chat).eval()
+    options = {"pad_id": chat.pad_id, "batch_size": 3, "do_sample": False, "max_new_tokens": 6}
+    (first, *_), *_ = sample(expected, own, end_ids=[], **options)
+    ends = [first] if mesh.get_local_rank() else []  # the second rank has nothing to say, and must not stop the first
+    model = in_pieces(config, chat, mesh).eval()
+    for _ in range(2):
+        assert list(sample(model, own, end_ids=ends, **options)) == list(sample(expected, own, end_ids=ends, **options))
 
 
 # ---------------------------------------------------------------------- the ranks of a large job

@@ -125,7 +125,8 @@ def test_sharded_in_bf16_and_from_checkpoints_of_other_sizes(sums, tmp_path, cap
     from agri_moe.cli import main
 
     sums["trainer"] |= {"max_steps": 20, "val_check_interval": 20, "precision": "bf16-mixed"}
-    sums["trainer"]["callbacks"] = [sums["trainer"]["callbacks"][0] | {"init_args": {"every_n_steps": 10}}]
+    samples = next(c for c in sums["trainer"]["callbacks"] if "Sample" in c["class_path"])
+    sums["trainer"]["callbacks"] = [sums["trainer"]["callbacks"][0] | {"init_args": {"every_n_steps": 10}}, samples]
     sums["model"]["init_args"]["learning_rate"] = 1e-3
     sums["model"]["init_args"]["teacher"]["dtype"] = "bfloat16"
     one = write(tmp_path / "one.yaml", sums, 2048)
@@ -135,6 +136,7 @@ def test_sharded_in_bf16_and_from_checkpoints_of_other_sizes(sums, tmp_path, cap
     runs = {name: tmp_path / name / "lightning_logs" for name in ("one", "two")}
     expected = scalars(runs["one"] / "version_0")
     assert_like(runs["two"] / "version_0", expected)
+    assert "**सलाह**" in (runs["two"] / "version_0" / "samples" / "step=00000020.md").read_text(encoding="utf-8")
 
     half = {name: runs[name] / "version_0" / "checkpoints" / "step=00000010.ckpt" for name in runs}
     assert half["one"].is_file()

@@ -588,7 +588,7 @@ class LanguageModule(lightning.LightningModule, ABC):
     def predict_step(self, batch: list[dict[str, Any]], batch_idx: int) -> list[dict[str, Any]]:
         """Answer scenarios greedily; each row comes back with its answer."""
         answers = generate(
-            self.model.hf,
+            self.model,
             self.chat,
             [row["prompt_ids"] for row in batch],
             max_new_tokens=self.max_new_tokens,

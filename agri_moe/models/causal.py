@@ -144,6 +144,15 @@ class CausalModel(nn.Module):
             experts=list(experts.values()),
         )
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is, or this rank's pieces of it."""
+        return self.hf.device
+
+    def generate(self, **options: Any) -> Any:
+        """Go on from prompts as the language model's own `generate` does; of a sharded model, on all ranks at once."""
+        return self.hf.generate(**options)
+
     def _mask(self, position_ids_BT: Tensor) -> Tensor | None:
         """Who sees whom, [B, 1, T, T]; None where transformers derives it from `position_ids`.
 

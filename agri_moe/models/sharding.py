@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn import functional
@@ -44,6 +44,7 @@ def shard(model: CausalModel, mesh: DeviceMesh, dtype: torch.dtype | None) -> No
     for layer in model.hf.model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy, shard_placement_fn=partial(_placement, mesh.size()))
     fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+    register_fsdp_forward_method(model, "generate")  # embedding and head are then whole for all of its steps
 
 
 def shard_frozen(model: CausalModel, mesh: DeviceMesh) -> None:

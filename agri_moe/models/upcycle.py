@@ -25,9 +25,10 @@ from functools import partial
 from importlib import metadata
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import (
@@ -58,6 +59,7 @@ from agri_moe.models.sharding import place
 from agri_moe.runs import replace_text
 
 Part = Literal["copy", "router", "gate", "up", "down"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -530,7 +532,7 @@ def upcycled_placed(source: str | Path, spec: UpcycleSpec) -> Iterator[Placed]:
 
 def _placed(plan: Plan, spec: UpcycleSpec) -> Iterator[Placed]:
     entries = [entry for shard in plan.shards for entry in shard]
-    for entry, tensor in tqdm(_make(entries, spec), total=len(entries), desc="upcycle", unit="tensor"):
+    for entry, tensor in _progress(_make(entries, spec), len(entries), "upcycle"):
         yield entry.target, tensor
 
 
@@ -538,8 +540,14 @@ def stored_placed(source: str | Path) -> Iterator[Placed]:
     """The tensors of a checkpoint one after the other, mapped from its files; ask `unreadable` first."""
     stored = stored_tensors(checkpoint_folder(source))
     targets = expected_tensors(load_config(source, "source"))
-    for target in tqdm(targets.values(), desc="read", unit="tensor"):
+    for target in _progress(targets.values(), len(targets), "read"):
         yield target, stored[target.name].read()
+
+
+def _progress(items: Iterable[T], total: int, what: str) -> Iterable[T]:
+    """A progress bar, on the first of several ranks that do the same."""
+    others = dist.is_initialized() and dist.get_rank() > 0
+    return tqdm(items, total=total, desc=what, unit="tensor", disable=others)
 
 
 def unreadable(source: str | Path) -> str | None:
