@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -108,6 +109,7 @@ ROUNDING = {
     "val/kl": 2e-3,
     "val/agreement": 2e-2,
     "val/balance_score": 2e-2,
+    "val/attention_to_thought": 1e-2,
 }
 
 
@@ -125,8 +127,12 @@ def test_sharded_in_bf16_and_from_checkpoints_of_other_sizes(sums, tmp_path, cap
     from agri_moe.cli import main
 
     sums["trainer"] |= {"max_steps": 20, "val_check_interval": 20, "precision": "bf16-mixed"}
-    samples = next(c for c in sums["trainer"]["callbacks"] if "Sample" in c["class_path"])
-    sums["trainer"]["callbacks"] = [sums["trainer"]["callbacks"][0] | {"init_args": {"every_n_steps": 10}}, samples]
+    samples = [c for c in sums["trainer"]["callbacks"] if "Sample" in c["class_path"]]
+    monitors = [
+        {"class_path": f"agri_moe.callbacks.{name}"} for name in ("cka.CKAMonitor", "attention.AttentionMonitor")
+    ]
+    checkpoints = sums["trainer"]["callbacks"][0] | {"init_args": {"every_n_steps": 10}}
+    sums["trainer"]["callbacks"] = [checkpoints, *samples, *monitors]
     sums["model"]["init_args"]["learning_rate"] = 1e-3
     sums["model"]["init_args"]["teacher"]["dtype"] = "bfloat16"
     one = write(tmp_path / "one.yaml", sums, 2048)
@@ -137,6 +143,7 @@ def test_sharded_in_bf16_and_from_checkpoints_of_other_sizes(sums, tmp_path, cap
     expected = scalars(runs["one"] / "version_0")
     assert_like(runs["two"] / "version_0", expected)
     assert "**सलाह**" in (runs["two"] / "version_0" / "samples" / "step=00000020.md").read_text(encoding="utf-8")
+    assert np.isfinite(np.load(runs["two"] / "version_0" / "cka" / "step=00000020.npz")["cka"]).all()
 
     half = {name: runs[name] / "version_0" / "checkpoints" / "step=00000010.ckpt" for name in runs}
     assert half["one"].is_file()

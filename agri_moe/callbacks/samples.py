@@ -47,10 +47,9 @@ class SampleAdvisories(lightning.Callback):
         table = data.rows("validation").table
         rows = [table[i] for i in range(min(self.rows, len(table)))]
         prompts = [data.chat.encode_prompt(row["scenario"], row.get("system")) for row in rows]
-        with trainer.precision_plugin.forward_context():
-            answers = list(
-                generate(pl_module.model, data.chat, prompts, max_new_tokens=self.max_new_tokens, batch_size=self.rows)
-            )
+        answers = list(
+            generate(pl_module.model, data.chat, prompts, max_new_tokens=self.max_new_tokens, batch_size=self.rows)
+        )
         parts = [
             f"**स्थिति** {row['scenario']}\n\n**विचार** {answer.thought}\n\n"
             f"**सलाह** {answer.advisory}\n\n**संदर्भ (reference)** {row['advisory']}\n"

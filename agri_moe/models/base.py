@@ -187,8 +187,8 @@ class LanguageModule(lightning.LightningModule, ABC):
         for name, parameter in self._parameters_by_name().items():
             parameter.requires_grad_(any(factors[name]))
         if self.device_mesh is not None:
-            precision = str(self.trainer.precision)
-            shard(self.model, self.device_mesh["data_parallel"], torch.bfloat16 if "bf16" in precision else None)
+            mixed = self.trainer.precision == "bf16-mixed"
+            shard(self.model, self.device_mesh["data_parallel"], torch.bfloat16 if mixed else None)
         segments = dict.fromkeys(name for objective in self.objectives for name in objective.ce.segments)
         self.val_loss = SegmentLoss({name: Segment[name.upper()] for name in segments})
         self.val_teacher = TeacherAgreement()

@@ -8,7 +8,7 @@ groups, D width, F expert width, V vocabulary, E experts.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -61,6 +61,7 @@ class CausalModel(nn.Module):
         self.projections = nn.ModuleDict(
             {f"{i}_{j}": nn.Linear(width, other, bias=False) for (i, j), other in (projections or {}).items()}
         )
+        self.layer_dtype: torch.dtype | None = None  # in which a sharded model's layers are gathered, if not their own
         self._asked_sample: Tensor | None = None  # of the pass that is about to begin
         self._expert_sample: Tensor | None = None  # of the last pass, which the backward pass may run again
         self._expert_outputs: dict[int, Tensor] | None = None
@@ -122,6 +123,7 @@ class CausalModel(nn.Module):
         experts: dict[int, Tensor] = {}
         self._expert_outputs = experts
         with (
+            self._precision(),
             capture(routers) as router_logits,
             capture([backbone.layers[i] for i in reads.layers], batch.get("sample")) as streams,
             capture_attention([backbone.layers[i] for i in reads.attention], batch) as attention,
@@ -151,7 +153,14 @@ class CausalModel(nn.Module):
 
     def generate(self, **options: Any) -> Any:
         """Go on from prompts as the language model's own `generate` does; of a sharded model, on all ranks at once."""
-        return self.hf.generate(**options)
+        with self._precision():
+            return self.hf.generate(**options)
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        """Autocast where the layers' weights have another type than what flows through them: callers may have none."""
+        if self.layer_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.layer_dtype)
 
     def _mask(self, position_ids_BT: Tensor) -> Tensor | None:
         """Who sees whom, [B, 1, T, T]; None where transformers derives it from `position_ids`.

@@ -40,6 +40,7 @@ def shard(model: CausalModel, mesh: DeviceMesh, dtype: torch.dtype | None) -> No
         mesh: One-dimensional.
         dtype: Type in which the layers' parameters are gathered and used; None keeps their own.
     """
+    model.layer_dtype = dtype
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in model.hf.model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy, shard_placement_fn=partial(_placement, mesh.size()))
