@@ -1,6 +1,7 @@
 """Models in pieces: the same values as whole ones, on real ranks (two processes) and on as many as a large job has."""
 
 import math
+import multiprocessing
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -26,17 +27,28 @@ CPU = torch.device("cpu")
 SPEC = UpcycleSpec(num_experts=4, num_experts_per_tok=2, jitter=0.1, drop_ratio=0.25)
 
 
-def on_ranks(check: Callable[..., None], *args: Any, ranks: int = 2) -> None:
-    """Run `check(mesh, *args)` in forked processes that form a group; what one raises is raised here."""
+def in_processes(function: Callable[..., None], *args: Any, processes: int = 1) -> None:
+    """Run `function(rank, *args)` in processes of their own; what one raises is raised here.
+
+    They are forked from a server that has imported everything and computed nothing: of a process that has, torch's
+    threads would be missing in the child.
+    """
+    multiprocessing.set_forkserver_preload(["agri_moe.models.distill", "agri_moe.generation"])
+    torch.multiprocessing.start_processes(function, args, nprocs=processes, start_method="forkserver")
+
+
+def on_ranks(check: Callable[..., None], tokenizer: Path, *args: Any, ranks: int = 2) -> None:
+    """Run `check(mesh, chat, *args)` in processes that form a group."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    torch.multiprocessing.start_processes(_rank, (check, args, ranks, port), nprocs=ranks, start_method="fork")
+    in_processes(_rank, check, tokenizer, args, ranks, port, processes=ranks)
 
 
-def _rank(rank: int, check: Callable[..., None], args: tuple[Any, ...], ranks: int, port: int) -> None:
+def _rank(rank: int, check: Callable[..., None], tokenizer: Path, args: tuple[Any, ...], ranks: int, port: int) -> None:
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
-    check(init_device_mesh("cpu", (ranks,)), *args)
+    check(init_device_mesh("cpu", (ranks,)), Chat.load(str(tokenizer)), *args)
     dist.destroy_process_group()
 
 
@@ -70,7 +82,7 @@ def assert_same(pieces: PreTrainedModel, expected: PreTrainedModel) -> None:
 
 
 @pytest.mark.parametrize("ranks", [2, 3])  # with 3, no dimension can be cut evenly
-def test_pieces_are_those_of_the_whole_model(chat: Chat, dense: Path, tmp_path: Path, ranks: int) -> None:
+def test_pieces_are_those_of_the_whole_model(corpus: Path, chat: Chat, dense: Path, tmp_path: Path, ranks: int) -> None:
     upcycle(dense, tmp_path / "moe", SPEC)
     untied = {"tie_word_embeddings": False, "vocab_size": len(chat.tokenizer) - 2}  # no rows for all markers
     mistral = AutoConfig.for_model(
@@ -78,7 +90,7 @@ def test_pieces_are_those_of_the_whole_model(chat: Chat, dense: Path, tmp_path: 
         num_key_value_heads=2, **untied,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(mistral).save_pretrained(tmp_path / "mistral")
-    on_ranks(_check_sources, chat, dense, tmp_path, ranks=ranks)
+    on_ranks(_check_sources, corpus / "tokenizer", dense, tmp_path, ranks=ranks)
 
 
 def _check_sources(mesh: DeviceMesh, chat: Chat, dense: Path, folder: Path) -> None:
@@ -106,10 +118,10 @@ def _check_sources(mesh: DeviceMesh, chat: Chat, dense: Path, folder: Path) -> N
         assert 0.5 < rows[stored:].std() / parameter[stored:].std() < 2, "and what fills up is drawn alike"
 
 
-def test_a_config_is_drawn_in_pieces(chat: Chat, dense: Path) -> None:
+def test_a_config_is_drawn_in_pieces(corpus: Path, dense: Path) -> None:
     options = AutoConfig.from_pretrained(dense).to_dict() | {"num_hidden_layers": 1, "initializer_range": 0.5}
     kept = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "initializer_range")
-    on_ranks(_check_drawn, chat, ModelConfig(config={key: options[key] for key in kept}))
+    on_ranks(_check_drawn, corpus / "tokenizer", ModelConfig(config={key: options[key] for key in kept}))
 
 
 def _check_drawn(mesh: DeviceMesh, chat: Chat, config: ModelConfig) -> None:
@@ -122,12 +134,12 @@ def _check_drawn(mesh: DeviceMesh, chat: Chat, config: ModelConfig) -> None:
         assert "norm" in name or len(drawn.unique()) > 0.9 * drawn.numel(), "no piece is another's copy"
 
 
-def test_a_frozen_model_in_pieces_answers_as_a_whole_one(chat: Chat, teacher: Path, tmp_path: Path) -> None:
+def test_a_frozen_model_in_pieces_answers_as_a_whole_one(corpus: Path, teacher: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(teacher)
     model.config.tie_word_embeddings = False
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() * 2)
     model.save_pretrained(tmp_path / "untied")
-    on_ranks(_check_frozen, chat, [str(teacher), str(tmp_path / "untied")])
+    on_ranks(_check_frozen, corpus / "tokenizer", [str(teacher), str(tmp_path / "untied")])
 
 
 def _check_frozen(mesh: DeviceMesh, chat: Chat, sources: list[str]) -> None:
@@ -155,14 +167,14 @@ def _check_frozen(mesh: DeviceMesh, chat: Chat, sources: list[str]) -> None:
             assert not any(p.requires_grad for p in hf.parameters())
 
 
-def test_what_cannot_be_read_in_pieces_is_read_whole_and_said(chat: Chat, tmp_path: Path) -> None:
+def test_what_cannot_be_read_in_pieces_is_read_whole_and_said(corpus: Path, chat: Chat, tmp_path: Path) -> None:
     options = {"hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 16, "num_experts": 4}
     config = AutoConfig.for_model(
         "qwen2_moe", **options, shared_expert_intermediate_size=16, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, vocab_size=128 * (1 + len(chat.tokenizer) // 128),
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    on_ranks(_check_whole, chat, str(tmp_path))
+    on_ranks(_check_whole, corpus / "tokenizer", str(tmp_path))
 
 
 def _check_whole(mesh: DeviceMesh, chat: Chat, source: str) -> None:
@@ -190,8 +202,8 @@ def _compare_answers(
         assert all(torch.equal(got.layers[i], wanted.layers[i]) for i in layers)
 
 
-def test_ranks_write_together_what_one_writes(chat: Chat, dense: Path) -> None:
-    on_ranks(_check_generation, chat, ModelConfig(str(dense), upcycle=SPEC))
+def test_ranks_write_together_what_one_writes(corpus: Path, dense: Path) -> None:
+    on_ranks(_check_generation, corpus / "tokenizer", ModelConfig(str(dense), upcycle=SPEC))
 
 
 def _check_generation(mesh: DeviceMesh, chat: Chat, config: ModelConfig) -> None:
@@ -211,7 +223,7 @@ def _check_generation(mesh: DeviceMesh, chat: Chat, config: ModelConfig) -> None
 
 @pytest.mark.parametrize("ranks", [3, 16, 64])
 def test_no_rank_is_without_its_share_of_the_experts(ranks: int) -> None:
-    torch.multiprocessing.start_processes(_check_shares, (ranks,), nprocs=1, start_method="fork")
+    in_processes(_check_shares, ranks)
 
 
 def _check_shares(_: int, ranks: int) -> None:
@@ -231,7 +243,7 @@ def _check_shares(_: int, ranks: int) -> None:
 
 
 def test_place_writes_every_piece_of_what_it_is_given() -> None:
-    torch.multiprocessing.start_processes(_check_place, nprocs=1, start_method="fork")
+    in_processes(_check_place)
 
 
 def _check_place(_: int) -> None:
