@@ -261,10 +261,10 @@ def model_configs(module: LanguageModule, chat: Chat) -> Models:
     student = module.model_config
     config = student.hf_config(module.model_key, chat)
     teacher = anchor = None
-    dtype = "bfloat16"
+    dtype = torch.bfloat16
     if isinstance(module, DistillModule):
         if module.teacher_config is not None:
-            dtype = module.teacher_config.dtype
+            dtype = module.teacher_config.torch_dtype
             if module.uses_teacher:
                 source = module.teacher_config.source
                 teacher = _with_room(load_config(source, TEACHER), source, chat)
@@ -273,7 +273,7 @@ def model_configs(module: LanguageModule, chat: Chat) -> Models:
             anchor = _with_room(load_config(source, ANCHOR), source, chat)
     if student.source is not None:
         config = _with_room(config, student.source, chat)
-    return Models(config, teacher, anchor, getattr(torch, dtype), student.attn_implementation)
+    return Models(config, teacher, anchor, dtype, student.attn_implementation)
 
 
 def _with_room(config: PreTrainedConfig, source: str, chat: Chat) -> PreTrainedConfig:
@@ -416,6 +416,12 @@ class Planner:
         parts += _phase_parts(held)
         return Memory(parts, always + worst.peak, worst.name)
 
+    @property
+    def float8(self) -> bool:
+        """Whether the teacher's linear maps are kept in float8; the experts of a sparse one are not."""
+        teacher = self.module.teacher_config if isinstance(self.module, DistillModule) else None
+        return teacher is not None and teacher.dtype.startswith("float8")
+
     def _states(self, run: Run, held: Rehearsal) -> list[Part]:
         """What lies there from the first step to the last, besides gradients."""
         sharded, size = run.strategy == "fsdp2", run.weight_size
@@ -427,6 +433,8 @@ class Planner:
                 # The head of a frozen model stays whole on every rank.
                 whole = model.matrices.head if sharded else 0
                 held_bytes = frozen_size * ((model.pieces.total - whole) // ranks + whole)
+                if name == "teacher" and self.float8 and model.active == model.total:
+                    held_bytes -= model.matrices.body  # one byte for each of their numbers in place of two
                 parts.append(Part(f"{name}: weights", held_bytes))
                 if sharded:
                     parts.append(Part(f"{name}: layers gathered", cost.gathered(model.pieces, frozen_size, root=False)))

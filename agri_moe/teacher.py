@@ -7,14 +7,18 @@ Shapes: B batch, T sequence of the student, U sequence of the teacher, M positio
 positions of a sequence, G key-value groups, D teacher width, V teacher vocabulary.
 """
 
+import importlib.util
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from agri_moe.losses import align_attention
 from agri_moe.models.causal import CausalModel, Reads
+
+
+Dtype = Literal["float32", "bfloat16", "float16", "float8", "float8_dynamic"]
 
 
 @dataclass
@@ -25,19 +29,61 @@ class TeacherConfig:
         source: Folder or hub name of a causal language model with the student's tokenizer.
         view: What the teacher reads: `same` is the student's own token ids; `native` the row in the teacher's own chat
             template, thoughts where it puts them; `no_thought` likewise without the thought.
-        dtype: Type of the teacher's weights in memory; bfloat16 halves them against float32.
+        dtype: Type of the teacher's weights in memory; bfloat16 halves them against float32. `float8` halves those of
+            the layers' linear maps again (torchao, a scale for each row; the head, which the loss reads, stays in
+            bfloat16) and multiplies in bfloat16; `float8_dynamic` also rounds what they are multiplied with and
+            multiplies in float8, on GPUs that can. Neither reaches the experts of a sparse teacher.
         min_aligned: A row is a bad row where a smaller share of its answer's tokens than this has a counterpart in what
             the teacher reads.
     """
 
     source: str
     view: Literal["same", "native", "no_thought"] = "same"
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    dtype: Dtype = "bfloat16"
     min_aligned: float = 0.5
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_aligned <= 1:
             raise ValueError(f"model.teacher.min_aligned must be in [0, 1], not {self.min_aligned}.")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Type of what is not in float8."""
+        return torch.bfloat16 if self.dtype.startswith("float8") else getattr(torch, self.dtype)
+
+    def check(self) -> None:
+        """Find out whether this machine can hold and run the teacher in its type.
+
+        Raises:
+            ValueError: If it cannot.
+        """
+        if not self.dtype.startswith("float8"):
+            return
+        if importlib.util.find_spec("torchao") is None:
+            raise ValueError(
+                f"model.teacher.dtype: {self.dtype} needs torchao, which is not installed; `pip install torchao`, or "
+                "use bfloat16."
+            )
+        if self.dtype == "float8_dynamic" and not _multiplies_float8():
+            raise ValueError(
+                "model.teacher.dtype: float8_dynamic needs a GPU of compute capability 8.9 or above (L40, H100); use "
+                "float8 or bfloat16."
+            )
+
+    def quantization(self) -> Any:
+        """What transformers is given to load the weights in float8; None for other types."""
+        if not self.dtype.startswith("float8"):
+            return None
+        from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Float8WeightOnlyConfig, PerRow
+        from transformers import TorchAoConfig
+
+        if self.dtype == "float8":
+            return TorchAoConfig(Float8WeightOnlyConfig())
+        return TorchAoConfig(Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
+
+
+def _multiplies_float8() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
 
 
 class TeacherSignal(NamedTuple):

@@ -84,6 +84,7 @@ class DistillModule(LanguageModule):
         others = []
         if self.teacher_config is not None:
             others.append((self.teacher_config.source, TEACHER))
+            self.teacher_config.check()
             if self.teacher_view is not None:
                 self.teacher_view.check()
         if self.uses_anchor:
@@ -165,6 +166,11 @@ class DistillModule(LanguageModule):
     def setup(self, stage: str) -> None:
         """Refuse on-policy steps where the student cannot write."""
         super().setup(stage)
+        if self.device_mesh is not None and self.teacher_config and self.teacher_config.quantization() is not None:
+            raise ValueError(
+                f"model.teacher.dtype: {self.teacher_config.dtype} cannot be sharded; use bfloat16, whose pieces are "
+                "smaller still."
+            )
         check_on_policy(self.on_policy, strategy_is_sharded=self.device_mesh is not None)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if self.on_policy.share > 0 and not isinstance(data, ChatDataModule):
@@ -177,26 +183,29 @@ class DistillModule(LanguageModule):
         if loaded:
             return
         # Past nn.Module's own __setattr__: as submodules they would be saved, trained and moved with us.
-        dtype = self.teacher_config.dtype if self.teacher_config else "bfloat16"
+        teacher = self.teacher_config
+        dtype = teacher.torch_dtype if teacher else torch.bfloat16
         if self.uses_teacher:
-            assert self.teacher_config is not None, "checked when the module was made"
-            object.__setattr__(self, "teacher", self._load_frozen(self.teacher_config.source, dtype, "Teacher"))
+            assert teacher is not None, "checked when the module was made"
+            frozen = self._load_frozen(teacher.source, dtype, "Teacher", teacher.quantization())
+            object.__setattr__(self, "teacher", frozen)
         if self.uses_anchor:
             object.__setattr__(self, "anchor", self._load_frozen(str(self.anchor_source), dtype, "Anchor"))
 
-    def _load_frozen(self, source: str, dtype: str, name: str) -> OnlineTeacher:
+    def _load_frozen(self, source: str, dtype: torch.dtype, name: str, quantization: Any = None) -> OnlineTeacher:
         key = f"model.{name.lower()}"
         config = ModelConfig(source, attn_implementation=self.student_config.attn_implementation)
         device, mesh = self.trainer.strategy.root_device, self.device_mesh
-        pieces = None if mesh is None else config.in_pieces(key, self.chat, getattr(torch, dtype))
-        hf = config.load(key, self.chat, getattr(torch, dtype)) if pieces is None else pieces.shape()
+        pieces = None if mesh is None else config.in_pieces(key, self.chat, dtype)
+        hf = config.load(key, self.chat, dtype, quantization) if pieces is None else pieces.shape()
         frozen = OnlineTeacher(CausalModel(hf))
         if mesh is not None:
             shard_frozen(frozen.model, mesh["data_parallel"])
         if pieces is not None:
             pieces.fill(hf, device)
         frozen.to(device)
-        rank_zero_info(f"{name}: {hf.num_parameters():,} parameters in {dtype}, frozen.")
+        held = str(dtype).removeprefix("torch.") if quantization is None else "float8"
+        rank_zero_info(f"{name}: {hf.num_parameters():,} parameters in {held}, frozen.")
         return frozen
 
     # ------------------------------------------------------------------ steps

@@ -121,9 +121,13 @@ class ModelConfig:
             config = load_config(str(self.source), f"{key}.source")
         return moe_config(config, self.upcycle) if self.upcycle and not is_moe(config) else config
 
-    def load(self, key: str, chat: Chat, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-        """The model, whole, with rows for the chat's new markers."""
-        options = {"attn_implementation": self.attn_implementation}
+    def load(
+        self, key: str, chat: Chat, dtype: torch.dtype = torch.float32, quantization: Any = None
+    ) -> PreTrainedModel:
+        """The model, whole, with rows for the chat's new markers; `quantization` is for one that is not trained."""
+        options: dict[str, Any] = {"attn_implementation": self.attn_implementation}
+        if quantization is not None:
+            options["quantization_config"] = quantization
         if self.source is None:
             config = self.hf_config(key, chat)
             return AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
