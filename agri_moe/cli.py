@@ -184,9 +184,9 @@ def main(args: Sequence[str] | None = None) -> "TrainingCLI | None":
         if command in TOOLS:
             run_tool(command, rest)
             return None
-        from agri_moe.training_cli import run_training
+        from agri_moe.training_cli import TrainingCLI, run_training
 
-        return run_training(command, rest)
+        return run_training(command, rest, TrainingCLI)
     except (ValueError, TypeError) as error:  # jsonargparse wraps a ValueError of ours in either
         if (cause := our_cause(error)) is None:
             raise

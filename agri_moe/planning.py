@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import lightning
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
@@ -26,7 +25,7 @@ from agri_moe.models.checkpoint_files import load_config
 from agri_moe.models.distill import ANCHOR, TEACHER, DistillModule
 from agri_moe.models.source import untrained_markers
 from agri_moe.rehearsal import Models, Rehearsal, Rows, Setting, rehearse
-from agri_moe.training_cli import NOISE, Parser, TrainingCLI
+from agri_moe.training_cli import TrainingCLI, run_training
 
 READ_AT_MOST = 64_000_000
 """Bytes of training files up to which their rows are read and tokenised: about a minute."""
@@ -53,22 +52,8 @@ def read_config(args: Sequence[str]) -> ConfigOnly:
     Raises:
         SystemExit: Status 2, after one sentence, if a key or value is wrong, as `fit` does.
     """
-    for message in (*NOISE, ".*activation_checkpointing_enable.*"):
-        warnings.filterwarnings("ignore", message)
-    Parser.given = args
-    return ConfigOnly(
-        LanguageModule,
-        lightning.LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        save_config_callback=None,
-        seed_everything_default=0,
-        parser_class=Parser,
-        trainer_defaults={"use_distributed_sampler": False},
-        auto_configure_optimizers=False,
-        load_from_checkpoint_support=False,
-        args=["fit", *args],
-    )
+    warnings.filterwarnings("ignore", ".*activation_checkpointing_enable.*")
+    return run_training("fit", args, ConfigOnly)
 
 
 # ---------------------------------------------------------------------- what the trainer's settings say

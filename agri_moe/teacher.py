@@ -17,7 +17,6 @@ from torch import Tensor
 from agri_moe.losses import align_attention
 from agri_moe.models.causal import CausalModel, Reads
 
-
 Dtype = Literal["float32", "bfloat16", "float16", "float8", "float8_dynamic"]
 
 

@@ -8,10 +8,10 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 import lightning
-from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.callbacks import BasePredictionWriter, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -91,10 +91,13 @@ class TrainingCLI(LightningCLI):
         """Leave the config as it is: Lightning would let hyperparameters in the checkpoint beat it."""
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
-        """Every run saves and loads through `AtomicCheckpointIO`."""
-        plugins = self.config_init[self.subcommand]["trainer"]["plugins"] or []
-        plugins = plugins if isinstance(plugins, list) else [plugins]
-        return super().instantiate_trainer(plugins=[*plugins, AtomicCheckpointIO()], **kwargs)
+        """Every run saves and loads through `AtomicCheckpointIO`; its progress bar asks the device now and then."""
+        given = self.config_init[self.subcommand]["trainer"]
+        plugins, callbacks = (_listed(given[key]) for key in ("plugins", "callbacks"))
+        if given["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            # By default it shows every micro-batch's terms, and waits for the device to know them.
+            callbacks.append(TQDMProgressBar(refresh_rate=10))
+        return super().instantiate_trainer(plugins=[*plugins, AtomicCheckpointIO()], callbacks=callbacks, **kwargs)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -297,14 +300,21 @@ def with_newest_run(args: Sequence[str]) -> list[str]:
     return found + args
 
 
-def run_training(command: str, args: Sequence[str]) -> TrainingCLI:
-    """Run one of Lightning's commands."""
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list) else [] if value is None else [value]
+
+
+T = TypeVar("T", bound=TrainingCLI)
+
+
+def run_training(command: str, args: Sequence[str], cli: type[T]) -> T:
+    """Run one of Lightning's commands, or what `cli` makes of it."""
     for message in NOISE:
         warnings.filterwarnings("ignore", message)
     if command != "fit":
         args = with_newest_run(args)
     Parser.given = args
-    return TrainingCLI(
+    return cli(
         LanguageModule,
         lightning.LightningDataModule,
         subclass_mode_model=True,

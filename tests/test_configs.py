@@ -26,6 +26,7 @@ def test_there_are_configs():
         "curriculum.yaml",
         "on_policy.yaml",
         "sequence_level.yaml",
+        "many_nodes.yaml",
     }
 
 
