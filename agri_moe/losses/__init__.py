@@ -10,6 +10,7 @@ from agri_moe.losses.cka import MinibatchHSIC, cka_from_hsic, cka_matrix, expert
 from agri_moe.losses.hidden import hidden_distance
 from agri_moe.losses.logits import CHUNK_SIZE, Divergence, LogitLoss, TokenStatistics, fused_ce_kl, token_statistics
 from agri_moe.losses.routing import Routing, balance_loss, routing
+from agri_moe.losses.sparse import SparseTeacher
 
 __all__ = [
     "CHUNK_SIZE",
@@ -17,6 +18,7 @@ __all__ = [
     "LogitLoss",
     "MinibatchHSIC",
     "Routing",
+    "SparseTeacher",
     "TokenStatistics",
     "align_attention",
     "attention_distance",
