@@ -192,6 +192,20 @@ def token_statistics(
     return TokenStatistics(nll_N.float(), kl_M.float(), agree_M, entropy_M.float())
 
 
+@torch.no_grad()
+def log_probabilities(hidden_ND: Tensor, head_WD: Tensor, *, chunk_size: int = CHUNK_SIZE) -> Iterator[Tensor]:
+    """Log-probabilities of a head, [R, W] for `chunk_size` rows at a time; dtypes and numerics as in `fused_ce_kl`.
+
+    Args:
+        hidden_ND: [N, D] hidden states after the final norm.
+        head_WD: [W, D] head weights, or its first W rows.
+        chunk_size: Rows at a time; memory is about 8 * chunk_size * W bytes.
+    """
+    nobody = _Rows(hidden_ND, head_WD, hidden_ND, hidden_ND[:0], head_WD)
+    for chunk in _chunks(nobody.cast(nobody.operand_dtype), chunk_size, nobody.result_dtype):
+        yield chunk.student.log_softmax(-1)
+
+
 def _sparse_statistics(
     hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, sparse: SparseTeacher, chunk_size: int
 ) -> TokenStatistics:

@@ -1,6 +1,6 @@
-"""A teacher that is known by some of its tokens only, as a cache keeps it.
+"""A teacher that is known by some of its tokens only, as a cache keeps it: which tokens, and the divergence from it.
 
-Shape legend: M rows with the teacher's signal, R rows of one block of them, K tokens per row, V the student's
+Shape legend: M rows with the teacher's signal, R rows of one block of them, K tokens per row, N draws, V the student's
 vocabulary, W the shared prefix of the two vocabularies.
 """
 
@@ -88,3 +88,45 @@ def sparse_kl(
         spread_RW = log_q_rest_RW.sub_(log_q_tail_R[:, None]).exp_().mul_(tail_R[:, None])
         out_RW.sub_(spread_RW)
     return kl_R - tail_R * log_q_tail_R + torch.xlogy(p_RK, p_RK).sum(-1) + torch.xlogy(tail_R, tail_R)
+
+
+def most_probable(log_p_RW: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The k most probable tokens of each row, and what is left.
+
+    Args:
+        log_p_RW: [R, W] normalised log-probabilities, float32.
+        k: At most W.
+
+    Returns:
+        ids_RK int64 and their log-probabilities [R, K], the most probable first; and the logarithm of the others' mass
+        [R], -inf where there is none. It is summed over the others: 1 less the mass of the k would be rounding.
+    """
+    top = log_p_RW.topk(k)
+    rest_RW = log_p_RW.scatter(1, top.indices, -torch.inf)
+    return top.indices, top.values, rest_RW.logsumexp(-1)
+
+
+def sampled_counts(log_p_RW: Tensor, draws: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Tokens drawn from each row's own distribution, with replacement.
+
+    Args:
+        log_p_RW: [R, W] normalised log-probabilities, float32.
+        draws: How many for each row.
+        generator: On the device of the rows.
+
+    Returns:
+        ids_RK int64, distinct within a row, and how often each was drawn [R, K], int64, which adds up to `draws`; rows
+        with fewer distinct tokens than others are filled up with token 0, drawn 0 times. K is at most `draws`.
+    """
+    drawn_RN = torch.multinomial(log_p_RW.exp(), draws, replacement=True, generator=generator).sort(-1).values
+    first_RN = torch.ones_like(drawn_RN, dtype=torch.bool)
+    first_RN[:, 1:] = drawn_RN[:, 1:] != drawn_RN[:, :-1]
+    place_RN = first_RN.cumsum(-1) - 1
+    counts_RN = torch.zeros_like(drawn_RN).scatter_add_(1, place_RN, torch.ones_like(drawn_RN))
+    ids_RN = torch.zeros_like(drawn_RN).scatter_(1, place_RN, drawn_RN)
+    return ids_RN, counts_RN
+
+
+def entropy(log_p_RW: Tensor) -> Tensor:
+    """Entropy of each row [R] in nats; tokens of probability 0 count as 0."""
+    return torch.special.entr(log_p_RW.exp()).sum(-1)
