@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -169,10 +170,11 @@ class Ranks(NamedTuple):
         handle = os.open(folder, os.O_RDONLY)
         try:
             if self.rank == 0:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    raise ValueError(f"--output {folder} is being written by another run: wait for it.") from error
             yield
-        except BlockingIOError as error:
-            raise ValueError(f"--output {folder} is being written by another run: wait for it.") from error
         finally:
             os.close(handle)
 
@@ -297,13 +299,21 @@ class Scribe:
             AutoTokenizer.from_pretrained(self.source).save_pretrained(self.folder / TOKENIZER)
         own = self.parts[self.ranks.rank :: self.ranks.world_size]
         total, quiet = sum(part.positions for part in own), self.ranks.rank > 0
-        with tqdm(total=total, desc=f"cache {self.folder.name}", unit=" positions", disable=quiet) as progress:
+        progress = tqdm(total=total, desc=f"cache {self.folder.name}", unit=" positions", disable=quiet)
+        # One shard is compressed and written while the teacher reads the next.
+        with progress, ThreadPoolExecutor(max_workers=1) as writer:
+            writing: Future[None] | None = None
             for part in own:
                 path = self.folder / shard_name(part.number)
                 if path.is_file():
                     progress.update(part.positions)
-                else:
-                    write_shard(path, self.asked.kind, self._answers(part, progress))
+                    continue
+                answers = list(self._answers(part, progress))
+                if writing is not None:
+                    writing.result()
+                writing = writer.submit(write_shard, path, self.asked.kind, answers)
+            if writing is not None:
+                writing.result()
 
     @cached_property
     def teacher(self) -> OnlineTeacher:

@@ -69,7 +69,7 @@ def read_from(config, folder, name="cached.yaml", **teacher):
 
 @pytest.mark.parametrize("view", ["same", "native"])
 def test_all_tokens_train_as_the_teacher_itself(config, teacher, tmp_path, view):
-    """Within what rounding to 0.02 nats makes of the divergence; the row order, packing and epochs are the run's own."""
+    """Within what rounding to 0.02 nats makes of the divergence; order, packing and epochs are the run's own."""
     online = edited(
         config, "online.yaml", model={"teacher": {"source": str(teacher), "dtype": "float32", "view": view}}
     )
@@ -338,3 +338,43 @@ def test_a_complete_cache_is_left_alone(answers, capsys, no_models):
     main(["cache", "--config", str(answers.parent / "config.yaml"), "--output", str(answers), "--k", "8"])
     assert content(answers) == before
     assert "144 rows" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------- runs
+
+
+@pytest.mark.parametrize("kind", ["topk", "sampled"])
+def test_the_shipped_config_writes_and_reads(dense, teacher, corpus, tmp_path, kind):
+    """One file for both commands; validation, and a test on rows of their own, from the same cache."""
+    shipped = yaml.safe_load((ROOT / "configs" / "distill_cached.yaml").read_text())
+    model, data = shipped["model"]["init_args"], shipped["data"]["init_args"]
+    model["student"]["source"] = str(dense)
+    model["teacher"] |= {"source": str(teacher), "cache": str(tmp_path / "cache")}
+    data |= {"tokenizer": str(corpus / "tokenizer"), "max_length": 512, "tokens_per_batch": 2048, "num_workers": 0}
+    data |= {split: str(corpus / f"{split}.parquet") for split in ("train", "validation")}
+    data |= {"test": str(corpus / "validation.parquet"), "cache_dir": str(tmp_path / "rows")}
+    shipped["trainer"] |= {"accelerator": "cpu", "default_root_dir": str(tmp_path), "max_steps": 2}
+    shipped["trainer"] |= {"val_check_interval": 4, "check_val_every_n_epoch": None, "log_every_n_steps": 1}
+    shipped["trainer"] |= {"enable_progress_bar": False, "callbacks": []}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(shipped, allow_unicode=True))
+    write(tmp_path / "config.yaml", tmp_path / "cache", "--kind", kind)
+    cli = main(["fit", "--config", str(tmp_path / "config.yaml")])
+    assert cli.trainer.global_step == 2
+    metrics = cli.trainer.callback_metrics
+    names = ("train/kl", "val/kl", "val/agreement", "val/teacher_entropy", "val/aligned")
+    assert all(metrics[name].isfinite() for name in names if name in metrics)
+    assert {"train/kl", "val/kl", "val/agreement"} <= metrics.keys()
+    tested = main(["test", f"--config={tmp_path / 'config.yaml'}"]).trainer.callback_metrics
+    assert tested["test/kl"] == pytest.approx(metrics["val/kl"].item(), rel=1e-5)
+
+
+def test_samples_come_near_the_teacher_itself(config, tmp_path):
+    """The divergence of one untrained student: samples are noisy, and one bucket for the tail tells less."""
+    values = {}
+    for name, args in {"topk": ("--k", "200"), "sampled": ("--kind", "sampled", "--draws", "400")}.items():
+        write(config, tmp_path / name, *args)
+        run = edited(config, "run.yaml", model={"teacher": {"cache": str(tmp_path / name)}})
+        values[name] = main(["validate", "--config", str(run), "--ckpt_path=source"]).trainer.callback_metrics["val/kl"]
+    online = main(["validate", "--config", str(config), "--ckpt_path=source"]).trainer.callback_metrics["val/kl"]
+    assert 0 < values["topk"] < online
+    assert values["sampled"] == pytest.approx(online.item(), rel=0.1)

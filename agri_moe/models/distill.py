@@ -93,11 +93,10 @@ class DistillModule(LanguageModule):
         super().check(chat)
         student = self.model_config.hf_config(self.model_key, chat)
         others = []
-        if self.teacher_config is not None:
-            if self.teacher_config.source is not None and self.cache is None:
-                others.append((self.teacher_config.source, TEACHER))
-            if self.teacher_view is not None:
-                self.teacher_view.check()
+        if self.cache is not None:
+            self._check_cache(self.cache, chat)
+        elif self.teacher_config is not None and self.teacher_config.source is not None:
+            others.append((self.teacher_config.source, TEACHER))
         if self.uses_anchor:
             if self.anchor_source is None:
                 raise ValueError(
@@ -117,10 +116,12 @@ class DistillModule(LanguageModule):
             # Not inside the handler: what the user is shown is the innermost error, which does not name the stage.
             raise ValueError(wrong if self.stage_config is None else f"{stage.key}: {wrong}")
         if self.cache is not None:
-            self._check_cache(self.cache, chat)
+            self.cache.verify()
+        if self.teacher_view is not None:  # of a cache, it stands in one of the files
+            self.teacher_view.check()
 
     def _check_cache(self, cache: LogitCache, chat: Chat) -> None:
-        """Refuse a cache that is not of this run's teacher, tokenizer, template and view, or is damaged."""
+        """Refuse a cache that is not of this run's teacher, tokenizer, template, view and vocabulary."""
         assert self.teacher_config is not None, "it names the cache"
         if self.on_policy.share > 0:
             raise ValueError(f"model.on_policy.share needs a teacher that answers anew; set it to 0, or drop {KEY}.")
@@ -135,7 +136,6 @@ class DistillModule(LanguageModule):
                 f"{KEY}: {cache.folder} was made with another vocabulary ({cache.header.vocabulary:,} tokens; this "
                 f"run's student has {vocabulary:,}): make it anew from this run's config with the cache command."
             )
-        cache.verify()
 
     def _check_maps(self, objective: Objective, student: PreTrainedConfig) -> None:
         if self.cache is not None:
