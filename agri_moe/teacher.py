@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agri_moe.data.logit_cache import Answers, LogitCache, View, row_key, to_arrays
+from agri_moe.data.logit_cache import Answers, LogitCache, View, join, row_key, to_arrays
 from agri_moe.losses import SparseTeacher, align_attention
 from agri_moe.models.causal import CausalModel, Reads
 
@@ -135,7 +135,7 @@ class CachedTeacher:
             self._read(ids[start:end], segments[start:end], at)
             for start, end, at in zip(row_starts, ends, np.split(places[wanted], first[1:]), strict=False)
         ]
-        arrays = to_arrays(answers or [Answers.none(self.cache.header.kind)])
+        arrays = to_arrays(join(answers or [Answers.none(self.cache.header.kind)]))
         found = {"ids": arrays.ids_MK, "probs": arrays.probs_MK, "tail": arrays.tail_M, "entropy": arrays.entropy_M}
         return {f"cached_{name}": torch.from_numpy(a) for name, a in found.items() if a is not None}
 
