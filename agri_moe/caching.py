@@ -107,10 +107,8 @@ def write_cache(config: str, output: str, asked: Asked) -> None:
     """
     module, data = _experiment(config)
     folder = Path(output)
-    if (folder / MANIFEST).is_file() or (folder / UNFINISHED).is_file() or not folder.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-    elif not folder.is_dir() or any(folder.iterdir()):
-        raise ValueError(f"--output {output} holds something else than a cache; name another folder.")
+    _check_output(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     with _process_group() as ranks, ranks.alone(folder):
         scribe = Scribe(module, data, asked, folder, ranks)
         if scribe.begin():
@@ -120,6 +118,14 @@ def write_cache(config: str, output: str, asked: Asked) -> None:
                 finish(folder, scribe.header, len(scribe.parts))
         if ranks.rank == 0:
             _report(folder, read_manifest(folder))
+
+
+def _check_output(folder: Path) -> None:
+    """Refuse a folder that holds something else; one that a killed process has left is gone on with."""
+    if (folder / MANIFEST).is_file() or (folder / UNFINISHED).is_file() or not folder.exists():
+        return
+    if not folder.is_dir() or any(path.suffix != ".partial" for path in folder.iterdir()):
+        raise ValueError(f"--output {folder} holds something else than a cache; name another folder.")
 
 
 def _experiment(config: str) -> tuple[DistillModule, Any]:
@@ -235,7 +241,7 @@ class Scribe:
                 if other is not None:
                     raise ValueError(f"--output {self.folder} holds a cache with another {other}; name another folder.")
                 return path.name == UNFINISHED
-        self.ranks.wait()
+        self.ranks.wait()  # until all have looked
         if self.ranks.rank == 0:
             replace_text(self.folder / UNFINISHED, json.dumps(asdict(self.header), indent=1) + "\n")
         return True

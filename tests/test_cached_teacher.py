@@ -59,6 +59,10 @@ def write(config, folder, *args):
     return LogitCache(folder)
 
 
+def rows_of(corpus):
+    return pq.read_table(corpus / "train.parquet").to_pylist()
+
+
 def content(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -253,11 +257,8 @@ def test_a_cache_of_something_else_is_refused(config, answers, corpus, dense, te
     tokenizer["model"]["merges"].pop()
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert "another tokenizer" in fit({"tokenizer": str(other)})
-    rows = pq.read_table(corpus / "train.parquet")
-    pq.write_table(
-        pa.concat_tables([rows, pa.Table.from_pylist([rows.to_pylist()[0] | {"advisory": "कुछ और"}])]),
-        tmp_path / "more.parquet",
-    )
+    rows = rows_of(corpus)
+    pq.write_table(pa.Table.from_pylist([*rows, rows[0] | {"advisory": "कुछ और"}]), tmp_path / "more.parquet")
     assert "other rows: 1 of the 121 of data.train" in fit({"train": str(tmp_path / "more.parquet")})
 
 
@@ -366,6 +367,19 @@ def test_the_shipped_config_writes_and_reads(dense, teacher, corpus, tmp_path, k
     assert {"train/kl", "val/kl", "val/agreement"} <= metrics.keys()
     tested = main(["test", f"--config={tmp_path / 'config.yaml'}"]).trainer.callback_metrics
     assert tested["test/kl"] == pytest.approx(metrics["val/kl"].item(), rel=1e-5)
+
+
+def test_plain_text(config, corpus, tmp_path):
+    """Every token of a document, in the pieces of the other data module."""
+    (tmp_path / "text.txt").write_text("".join(f"{row['advisory']}\n" for row in rows_of(corpus)[:40]), "utf-8")
+    changed = yaml.safe_load(config.read_text())
+    data = {"tokenizer": str(corpus / "tokenizer"), "train": str(tmp_path / "text.txt"), "validation_share": 0.2}
+    data |= {"block_size": 32, "tokens_per_batch": 256, "cache_dir": str(tmp_path / "pieces")}
+    changed["data"] = {"class_path": "agri_moe.data.text_data.TextDataModule", "init_args": data}
+    config.write_text(yaml.safe_dump(changed, allow_unicode=True))
+    write(config, tmp_path / "answers", "--k", "8")
+    cli = main(["fit", "--config", str(read_from(config, tmp_path / "answers"))])
+    assert cli.trainer.callback_metrics["train/kl"].isfinite()
 
 
 def test_samples_come_near_the_teacher_itself(config, tmp_path):

@@ -393,8 +393,8 @@ def finish(folder: Path, header: Header, shards: int) -> None:
             lengths = _open_shard(path).column("lengths").flatten().to_numpy()
             files[name] |= {"rows": len(lengths), "positions": int(lengths.sum())}
     content = asdict(header) | {"files": files}
-    replace_text(folder / MANIFEST, json.dumps(content, indent=1) + "\n")
-    (folder / UNFINISHED).unlink(missing_ok=True)
+    replace_text(folder / UNFINISHED, json.dumps(content, indent=1) + "\n")
+    (folder / UNFINISHED).replace(folder / MANIFEST)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
