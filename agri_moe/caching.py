@@ -339,7 +339,7 @@ class Scribe:
         chat, longest = self.data.chat, getattr(self.data, "max_length", None) or self.data.block_size
         packed = PackedRows(part.rows.table, longest, chat.pad_id)
         sequences = [part.chosen[rows].tolist() for rows in pack(part.rows.lengths[part.chosen], longest)]
-        generator = torch.Generator(self.ranks.device).manual_seed(self.asked.seed + part.number)
+        generator = torch.Generator(self.ranks.device).manual_seed(hash((self.asked.seed, part.number)))
         at_a_time = max(1, self.data.tokens_per_batch // longest)
         answers: dict[int, Answers] = {}
         for start in range(0, len(sequences), at_a_time):

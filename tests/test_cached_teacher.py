@@ -1,5 +1,6 @@
 """Training from a teacher's answers on disk: the `cache` command, and runs that read what it wrote."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -329,6 +330,11 @@ def test_the_command_refuses(config, dense, answers, tmp_path, capsys, no_models
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").write_text("mine")
     assert "something else" in cache(config, tmp_path / "taken")
+    (tmp_path / "busy").mkdir()
+    handle = os.open(tmp_path / "busy", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    assert "being written by another run" in cache(config, tmp_path / "busy")
+    os.close(handle)
     before = content(answers)
     assert "another tokens (8, and not 9)" in cache(answers.parent / "config.yaml", answers, "--k", "9")
     assert content(answers) == before
