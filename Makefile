@@ -3,6 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+PEERS  := $(VENV)/.peers
 
 .PHONY: demo test check bench clean
 
@@ -23,8 +24,12 @@ check: $(READY)       ## lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY)       ## upcycling and distillation on real rows at the real vocabulary; prints a table
-	$(BIN)/python benchmarks/real_rows.py
+$(PEERS): $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[bench]"
+	touch $(PEERS)
+
+bench: $(PEERS)       ## time and memory against TRL, Liger-Kernel and a plain step; prints tables, writes JSON: about 25 minutes
+	$(BIN)/python benchmarks/run_all.py
 
 clean:
 	rm -rf $(VENV) demo_output

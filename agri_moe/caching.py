@@ -22,7 +22,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import lightning
 import numpy as np
 import torch
 from torch import Tensor, distributed
@@ -49,16 +48,15 @@ from agri_moe.data.logit_cache import (
 from agri_moe.data.packing import SEGMENTS, MicroBatch, PackedRows, StepTotals, pack
 from agri_moe.data.rows import Rows
 from agri_moe.losses import entropy, log_probabilities, most_probable, sampled_counts
-from agri_moe.models.base import LanguageModule
 from agri_moe.models.causal import NOTHING, CausalModel, start_rows
 from agri_moe.models.checkpoint_files import load_config
 from agri_moe.models.distill import TEACHER, DistillModule, head_rows
 from agri_moe.models.source import untrained_markers
 from agri_moe.objective import Objective
+from agri_moe.planning import read_config
 from agri_moe.runs import replace_text
 from agri_moe.teacher import OnlineTeacher
 from agri_moe.terms import KL, CrossEntropy, SegmentName
-from agri_moe.training_cli import Parser
 
 # Tokens kept in one shard: at 64 a position, 131,072 positions, some 13 MB. What a kill can cost.
 SHARD_TOKENS = 1 << 23
@@ -94,18 +92,18 @@ class Part(NamedTuple):
     positions: int
 
 
-def write_cache(config: str, output: str, asked: Asked) -> None:
+def write_cache(fit: Sequence[str], output: str, asked: Asked) -> None:
     """Write a cache, or go on writing it.
 
     Args:
-        config: An experiment's YAML file.
+        fit: Options of `fit`, which tell the teacher and the rows.
         output: Folder.
         asked: What is kept of the answers.
 
     Raises:
-        ValueError: If the config has no teacher, or `output` holds something else.
+        ValueError: If the options name no teacher, or `output` holds something else.
     """
-    module, data = _experiment(config)
+    module, data = _experiment(fit)
     folder = Path(output)
     _check_output(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -128,27 +126,16 @@ def _check_output(folder: Path) -> None:
         raise ValueError(f"--output {folder} holds something else than a cache; name another folder.")
 
 
-def _experiment(config: str) -> tuple[DistillModule, Any]:
-    """The module and the rows that a config describes."""
-    if not Path(config).is_file():
-        raise ValueError(f"--config {config} does not exist.")
-    parser = Parser(description="an experiment")
-    parser.add_lightning_class_args(LanguageModule, "model", subclass_mode=True)
-    parser.add_lightning_class_args(lightning.LightningDataModule, "data", subclass_mode=True)
-    parser.add_argument("--trainer", type=dict[str, Any], default={})
-    parser.add_argument("--seed_everything", type=bool | int, default=0)
-    parsed = parser.instantiate_classes(parser.parse_path(config))
-    module, data = parsed.model, parsed.data
+def _experiment(fit: Sequence[str]) -> tuple[DistillModule, Any]:
+    """The module and the rows that options of `fit` describe."""
+    experiment = read_config(fit)
+    module, data = experiment.model, experiment.datamodule
     if not isinstance(module, DistillModule) or not module.uses_teacher or module.teacher_config is None:
-        raise ValueError(f"--config {config} trains without a teacher: name one with a DistillModule that asks one.")
+        raise ValueError("cache needs a config that trains with a teacher, by DistillModule and a term that asks one.")
     if module.teacher_config.source is None:
-        raise ValueError(
-            f"--config {config} has no model.teacher.source: name the model whose answers are to be written."
-        )
+        raise ValueError("model.teacher.source is missing: it names the model whose answers are to be written.")
     if getattr(data, "streaming", False):
-        raise ValueError(
-            f"--config {config} has data.streaming: true; set it to false, the rows must be known beforehand."
-        )
+        raise ValueError("data.streaming is true: set it to false for cache, which has to know the rows beforehand.")
     module.teacher_config.cache = None  # it is about to be written
     data.check()
     module.check(data.chat)

@@ -4,6 +4,7 @@ Nothing heavy is imported at the top: `--help` answers at once, and a tool impor
 """
 
 import importlib
+import inspect
 import re
 import sys
 import traceback
@@ -44,6 +45,11 @@ TOOLS = {
         "agri_moe.tools.cache:cache",
         "write a teacher's answers to disk, for training without it",
         "cache --config configs/distill_cached.yaml --output teacher_cache",
+    ),
+    "plan": (
+        "agri_moe.tools.plan:plan",
+        "tell what a config will cost in memory, time and disk, before it runs",
+        "plan --config configs/distill.yaml",
     ),
     "export": (
         "agri_moe.tools.export:export",
@@ -131,7 +137,10 @@ def _ours(error: BaseException) -> bool:
 
 
 def run_tool(name: str, args: Sequence[str]) -> None:
-    """Parse a tool's arguments from its function's signature and call it."""
+    """Parse a tool's arguments from its function's signature and call it.
+
+    A function with `*arguments` is given there what is none of its options, for another parser to read.
+    """
     target, purpose, example = TOOLS[name]
     module, function_name = target.split(":")
     function = getattr(importlib.import_module(module), function_name)
@@ -141,7 +150,23 @@ def run_tool(name: str, args: Sequence[str]) -> None:
         epilog=f"example: python main.py {example}",
     )
     parser.add_function_arguments(function)
-    function(**parser.parse_args(list(args)).as_dict())
+    parameters = inspect.signature(function).parameters.values()
+    rest: list[str] = []
+    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
+        args, rest = _split(args, {f"--{parameter.name}" for parameter in parameters} | {"-h", "--help"})
+    function(*rest, **parser.parse_args(list(args)).as_dict())
+
+
+def _split(args: Sequence[str], options: set[str]) -> tuple[list[str], list[str]]:
+    """These options with their values, and all other arguments."""
+    own: list[str] = []
+    rest: list[str] = []
+    side = rest
+    for arg in args:
+        if arg.startswith("-"):
+            side = own if arg.split("=")[0] in options else rest
+        side.append(arg)
+    return own, rest
 
 
 def main(args: Sequence[str] | None = None) -> "TrainingCLI | None":

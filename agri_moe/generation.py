@@ -9,6 +9,7 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from agri_moe.data.chat import Answer, Chat, render_scenario, usable_text
+from agri_moe.models.causal import CausalModel
 
 _OPEN, _CLOSE = "<think>", "</think>"
 _PLACES = {"system": "\ue000system\ue001", "user": "\ue000user\ue001"}
@@ -122,7 +123,7 @@ class ModelTemplate:
 
 @torch.no_grad()
 def sample(
-    model: PreTrainedModel,
+    model: PreTrainedModel | CausalModel,
     prompts: Sequence[Sequence[int]],
     *,
     end_ids: Sequence[int],
@@ -134,7 +135,7 @@ def sample(
     """Go on from prompts in batches, in order: the new token ids, up to and with the first that ends the text.
 
     Args:
-        model: A Hugging Face causal model, on its device, in eval mode.
+        model: A causal model, on its device, in eval mode. If it is sharded, every rank must run as many batches.
         prompts: Token ids.
         end_ids: Generation stops at any of these.
         pad_id: Fills shorter prompts on the left.
@@ -163,7 +164,7 @@ def sample(
 
 
 def generate(
-    model: PreTrainedModel,
+    model: PreTrainedModel | CausalModel,
     chat: Chat | ModelTemplate,
     prompts: Sequence[Sequence[int]],
     *,
@@ -174,7 +175,7 @@ def generate(
     """Answer prompts in batches, in order.
 
     Args:
-        model: A Hugging Face causal model, on its device, in eval mode.
+        model: As in `sample`.
         chat: What made the prompts and reads the answers.
         prompts: Token ids, each ending where the model goes on.
         max_new_tokens: The answer is cut off after so many tokens.

@@ -40,6 +40,11 @@ class OptimizerConfig:
                 "adamw."
             )
 
+    def moment_bytes(self, weight_bytes: int) -> float:
+        """Bytes of moments for each trained parameter whose weight takes `weight_bytes`, but for small tensors."""
+        # Blocks of 256 with a float32 scale each; a row and a column of a matrix, against the matrix.
+        return {"adamw": 2.0 * weight_bytes, "adamw8bit": 2 * (1 + 4 / 256), "adafactor": 0.0}[self.name]
+
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """The optimizer over parameter groups that have their `lr` and `weight_decay`."""
         if self.name == "adamw8bit":

@@ -189,7 +189,8 @@ def damage(checkpoint: Path) -> str | None:
             return f"lacks {name}"
         if _sha256(files[name]) != digest:
             return f"is damaged ({name} has another checksum)"
-    return None
+    added = sorted(files.keys() - expected.keys())
+    return f"holds {added[0]}, which was not saved with it" if added else None
 
 
 def set_aside(checkpoint: Path) -> None:

@@ -1,8 +1,12 @@
-"""A trained model from disk, ready to answer: an exported folder, or a checkpoint in a run's folder."""
+"""A trained model from disk: an exported folder, or a checkpoint in a run's folder, whole or in pieces."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -33,18 +37,18 @@ def load_trained(path: str, key: str) -> tuple[PreTrainedModel, Chat]:
 
 def load_checkpoint(path: Path, key: str) -> tuple[PreTrainedModel, Chat]:
     """Model and chat from a checkpoint; the tokenizer lies in the run's folder beside it."""
-    if path.is_dir():
-        raise ValueError(f"{key}: {path} is a sharded checkpoint, which export and generate do not read.")
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"{key}: {path} does not exist.")
-    if problem := damage(path):
-        raise ValueError(f"{key}: {path} {problem}; use another checkpoint of the run.")
+    check_intact(path, key)
     tokenizer = path.parent.parent / "tokenizer"
     if not tokenizer.is_dir():
         raise ValueError(
             f"{key}: {path} must lie in its run's folder, version_N/checkpoints/, beside version_N/tokenizer."
         )
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if path.is_dir():
+        content = read_sharded(path, {"state_dict"})
+    else:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     config = AutoConfig.for_model(**content["hf_config"])
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -53,3 +57,49 @@ def load_checkpoint(path: Path, key: str) -> tuple[PreTrainedModel, Chat]:
     model.load_state_dict(state)
     model.config.use_cache = True
     return model.eval(), Chat.load(str(tokenizer))
+
+
+def check_intact(path: Path, key: str) -> None:
+    """Refuse a checkpoint that is not as it was saved.
+
+    Raises:
+        ValueError: Naming `key`, the option that gave it.
+    """
+    if problem := damage(path):
+        raise ValueError(f"{key}: {path} {problem}; use another checkpoint of the run.")
+
+
+def read_sharded(path: Path, parts: set[str] | None = None) -> dict[str, Any]:
+    """A sharded checkpoint, the folder that FSDP2 saves, as the dictionary that one device saves.
+
+    Its pieces are read in this process alone and joined. torch keeps their table as a pickle, which can run code: only
+    for folders whose checksums hold (`check_intact`).
+
+    Args:
+        path: The folder.
+        parts: Of what the ranks saved together (`state_dict`, `optimizer_0`), what is read; None reads all of it.
+    """
+    content: dict[str, Any] = {}
+    # As `torch.distributed.checkpoint.format_utils.dcp_to_torch_save` does, without the file in between.
+    _load_state_dict(content, FileSystemReader(path), planner=_EmptyStateDictLoadPlanner(keys=parts), no_dist=True)
+    optimizers = sorted(name for name in content if name.startswith("optimizer_"))
+    states = [content.pop(name) for name in optimizers]
+    return torch.load(path / "meta.pt", weights_only=True) | content | {"optimizer_states": states}
+
+
+def check_shardable(path: Path, key: str) -> None:
+    """Refuse a checkpoint of whole weights that a sharded run could not go on from.
+
+    Raises:
+        ValueError: If it lacks moments of a parameter that the run trains, as it does in the middle of a stage that
+            leaves some out; or if it was saved before moments were kept by name.
+    """
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    for optimizer in content["optimizer_states"]:
+        trained = [name for group in optimizer["param_groups"] for name in group["params"]]
+        lacking = [name for name in trained if name not in optimizer["state"] or isinstance(name, int)]
+        if lacking:
+            raise ValueError(
+                f"{key}: {path} has no optimizer state by the name of {lacking[0]}, which a sharded run needs: go on "
+                "without ModelParallelStrategy, at least to the end of a stage that leaves parameters out."
+            )

@@ -14,6 +14,7 @@ import lightning
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from agri_moe.callbacks.resume import AtomicCheckpointIO, Checkpoint, RunStatus
@@ -36,6 +37,7 @@ from agri_moe.runs import (
     step_of,
     unfinished_run,
 )
+from agri_moe.trained import check_intact, check_shardable
 
 # Imported so that a config or --model may name them without their module's path.
 SHORT_NAMES = (ChatDataModule, DistillModule, PretrainModule)
@@ -160,6 +162,8 @@ class TrainingCLI(LightningCLI):
             checkpoint, damaged = run.intact_checkpoint()
             for complaint in damaged:
                 rank_zero_warn(f"{complaint}; the checkpoint before it is used.")
+            if checkpoint is not None:
+                self._check_strategy(checkpoint)
             return run, checkpoint
         if resume == "never":
             return new_run(self.root, mark), None
@@ -169,6 +173,7 @@ class TrainingCLI(LightningCLI):
         run = Run(checkpoint.parent.parent)
         if not checkpoint.exists() or not run.config.exists():
             raise ValueError(f"--resume {checkpoint} is no checkpoint in a run's folder (version_N/checkpoints/).")
+        check_intact(checkpoint, "--resume")
         if run.read().get("fingerprint") != mark and not self.config["fit"]["resume_anyway"]:
             old = self._parser("fit").parse_path(str(run.config), _skip_validation=True).as_dict()
             lines = differences(identity(old), identity(self.settings))
@@ -176,7 +181,13 @@ class TrainingCLI(LightningCLI):
                 f"--resume {checkpoint}: the config has changed ({'; '.join(lines)}); "
                 "give --resume_anyway true to go on with the new one."
             )
+        self._check_strategy(checkpoint)
         return new_run(self.root, mark), checkpoint
+
+    def _check_strategy(self, checkpoint: Path) -> None:
+        """Any strategy goes on from any checkpoint, but for one that FSDP2 cannot read."""
+        if checkpoint.is_file() and isinstance(self.trainer.strategy, ModelParallelStrategy):
+            check_shardable(checkpoint, "--resume")
 
     def _enter(self, run: Run, checkpoint: Path | None, lock: Lock | None) -> None:
         """Point logger, checkpoints and status at the run's folder."""
@@ -243,6 +254,8 @@ class TrainingCLI(LightningCLI):
             self.config_init[command]["ckpt_path"] = str(checkpoint)
             folder = self.run.folder
         else:
+            if self.trainer.is_global_zero and Path(given).is_dir():
+                check_intact(Path(given), "--ckpt_path")
             folder = Path(given).parent.parent
             self.run = Run(folder)
         if self.config[command]["trainer"]["logger"] in (None, True):

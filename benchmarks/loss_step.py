@@ -1,31 +1,39 @@
-"""Time and memory of one distillation loss step, against the same matrix products alone.
+"""Time, memory and exactness of one distillation loss step: ours, its matrix products alone, and the peers.
 
     python benchmarks/loss_step.py [--tokens 512] [--chunk_sizes 64 128 256] [--divergences forward jsd] [--repeats 5]
 
-A step is forward and backward of `fused_ce_kl` (CE and a divergence at temperature 2) with the gradients of hidden
-states and head, in float32. The products are its four: student logits, teacher logits, and two for the
-gradient. They are timed twice: over all rows at once, which is the fastest they go and holds [N, V] logits,
-and by chunks of the same size as the step's. The variants take turns: a noisy machine hurts all.
+A step is forward and backward with the gradients of the student's hidden states and head, in float32, at temperature 1
+(at others liger-kernel leaves out T squared). The peers take KL(teacher || student) alone; ours is timed so, and with
+cross-entropy beside it, as training has it.
 
-Memory is the peak resident size above the size just before the step, and so contains the two gradients.
-It is read from Linux's /proc and left out elsewhere.
+    products     the four that the step needs (two logits, two gradients) over all rows at once; holds [N, V] logits
+    liger        LigerFusedLinearJSDLoss, beta 0, not compiled, its own chunk size (1,024 rows: all of them at 512)
+    trl chunked  `_chunked_divergence_loss` of TRL's DistillationTrainer; it takes six products: logits twice
+    trl dense    `generalized_jsd_loss` of TRL's GKDTrainer on whole [N, V] logits
+
+Memory is the peak above the resident size before the step, in a process of its own, and so contains both gradients.
+Value and gradients are held against float64 on the first rows; an error is the largest difference over the largest
+true entry. Peers that are not installed are left out, and said to be (`make bench` installs them).
 """
 
 import argparse
-import platform
+import json
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import get_args
+from importlib.util import find_spec
+from typing import Any, NamedTuple, get_args
 
 import torch
+from measure import Product, Products, Step, above_mb, apart, in_turns, mark, ratio, report, table
+from measure import processor as processor  # other benchmarks take these two from here
+from measure import resident_mb as resident_mb
 from torch import Tensor
 
 from agri_moe.losses import CHUNK_SIZE, Divergence, fused_ce_kl
 
-Step = Callable[[], None]
+Loss = Callable[["Problem"], Tensor]
+PRODUCTS = "products"
 
 
 class Problem:
@@ -40,69 +48,186 @@ class Problem:
         self.teacher_head_VD = torch.randn(vocabulary, teacher_width) / teacher_width**0.5
 
     def forget(self) -> None:
-        """Drop the gradients of the last step."""
+        """Drop the gradients."""
         self.hidden_ND.grad = self.head_VD.grad = None
 
-    def fused(self, chunk_size: int, divergence: Divergence) -> None:
-        """One loss step, forward and backward."""
-        loss = fused_ce_kl(
-            self.hidden_ND,
-            self.head_VD,
-            self.targets_N,
-            self.teacher_hidden_ND,
-            self.teacher_head_VD,
-            ce_scale=1.0,
-            kl_scale=1.0,
-            temperature=2.0,
-            divergence=divergence,
-            chunk_size=chunk_size,
-        ).loss
-        loss.backward()
+    def step(self, loss: Loss) -> Tensor:
+        """Forward and backward; gradients of the step before are dropped."""
+        self.forget()
+        value = loss(self)
+        value.backward()
+        return value.detach()
 
-    @torch.no_grad()
-    def products(self, chunk_size: int) -> None:
-        """The step's four matrix products and nothing else."""
-        vocabulary, width = self.head_VD.shape
-        logits_CV = torch.empty(chunk_size, vocabulary)
-        head_gradient_VD = torch.empty(vocabulary, width)
-        for start in range(0, len(self.hidden_ND), chunk_size):
-            hidden_CD = self.hidden_ND[start : start + chunk_size]
-            out: Tensor = logits_CV[: len(hidden_CD)]
-            torch.mm(self.teacher_hidden_ND[start : start + chunk_size], self.teacher_head_VD.T, out=out)
-            torch.mm(hidden_CD, self.head_VD.T, out=out)
-            torch.mm(out, self.head_VD)
-            if start == 0:
-                torch.mm(out.T, hidden_CD, out=head_gradient_VD)
-            else:
-                head_gradient_VD.addmm_(out.T, hidden_CD)
+    def products(self) -> Products:
+        """The step's four matrix products."""
+        n, (v, d), d_t = len(self.hidden_ND), self.head_VD.shape, self.teacher_head_VD.shape[1]
+        return Products([*Product(n, d, v, 1).with_gradients(), Product(n, d_t, v, 1)])
 
 
-def resident_mb(field: str) -> float:
-    """VmRSS or VmHWM of this process in MB (10^6 bytes)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024 / 1e6
-    raise KeyError(field)
+# ---------------------------------------------------------------------- contestants
 
 
-def measure(step: Step) -> tuple[float, float]:
-    """Return (seconds, peak MB above the start; NaN where Linux's counters are not at hand)."""
-    clear = Path("/proc/self/clear_refs")
-    linux = clear.exists()
-    if linux:
-        clear.write_text("5")  # resets VmHWM, see proc(5)
-    before = resident_mb("VmRSS") if linux else float("nan")
-    start = time.perf_counter()
-    step()
-    seconds = time.perf_counter() - start
-    return seconds, resident_mb("VmHWM") - before if linux else float("nan")
+def ours(problem: Problem, ce: float, divergence: Divergence, chunk_size: int) -> Tensor:
+    """`fused_ce_kl`, mean over the rows."""
+    n = len(problem.hidden_ND)
+    return fused_ce_kl(
+        problem.hidden_ND,
+        problem.head_VD,
+        problem.targets_N,
+        problem.teacher_hidden_ND,
+        problem.teacher_head_VD,
+        ce_scale=ce / n,
+        kl_scale=1.0 / n,
+        divergence=divergence,
+        chunk_size=chunk_size,
+    ).loss
 
 
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+def liger(problem: Problem) -> Tensor:
+    """liger-kernel's chunked JSD at beta 0."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    loss = LigerFusedLinearJSDLoss(beta=0.0, weight_hard_loss=0.0, weight_soft_loss=1.0, compiled=False)
+    value: Tensor = loss(
+        problem.hidden_ND, problem.head_VD, problem.teacher_hidden_ND, problem.teacher_head_VD, problem.targets_N
+    )
+    return value
+
+
+def trl_chunked(problem: Problem) -> Tensor:
+    """TRL's chunked divergence."""
+    from trl.trainer.distillation_trainer import _chunked_divergence_loss
+
+    hidden_1ND, teacher_1ND = problem.hidden_ND[None], problem.teacher_hidden_ND[None]
+    mask_1N = torch.ones(1, len(problem.hidden_ND))
+    value: Tensor = _chunked_divergence_loss(
+        hidden_1ND, teacher_1ND, problem.head_VD, problem.teacher_head_VD, mask_1N, beta=0.0
+    )[0]
+    return value
+
+
+def trl_dense(problem: Problem) -> Tensor:
+    """The loss of TRL's GKDTrainer on whole logits."""
+    from trl.experimental.gkd import GKDTrainer
+
+    student_1NV = (problem.hidden_ND @ problem.head_VD.T)[None]
+    teacher_1NV = (problem.teacher_hidden_ND @ problem.teacher_head_VD.T)[None]
+    value: Tensor = GKDTrainer.generalized_jsd_loss(student_1NV, teacher_1NV, problem.targets_N[None], beta=0.0)
+    return value
+
+
+PEERS: dict[str, tuple[str, Loss]] = {
+    "liger": ("liger_kernel", liger),
+    "trl chunked": ("trl", trl_chunked),
+    "trl dense": ("trl", trl_dense),
+}
+"""Contestant -> the package that it needs, and its loss."""
+
+
+def contestants(arguments: argparse.Namespace) -> dict[str, Loss]:
+    """Ours by divergence and chunk size, and the peers that are installed."""
+    losses: dict[str, Loss] = {}
+    for chunk_size in arguments.chunk_sizes:
+        at = "" if len(arguments.chunk_sizes) == 1 else f", chunks of {chunk_size}"
+        for divergence in arguments.divergences:
+            name = "ours" if divergence == "forward" else f"ours ({divergence})"
+            losses[name + at] = partial(ours, ce=0.0, divergence=divergence, chunk_size=chunk_size)
+            losses[f"{name} with CE{at}"] = partial(ours, ce=1.0, divergence=divergence, chunk_size=chunk_size)
+    return losses | {name: loss for name, (package, loss) in PEERS.items() if find_spec(package)}
+
+
+# ---------------------------------------------------------------------- exactness
+
+
+class Exact(NamedTuple):
+    """Mean KL(teacher || student) and its gradients in float64."""
+
+    value: float
+    hidden_ND: Tensor
+    head_VD: Tensor
+
+
+@torch.no_grad()
+def in_float64(problem: Problem) -> Exact:
+    """From the definition, with the gradient worked out by hand: (softmax(s) - softmax(t)) / N."""
+    log_qt_NV = (problem.teacher_hidden_ND.double() @ problem.teacher_head_VD.double().T).log_softmax(-1)
+    hidden_ND, head_VD = problem.hidden_ND.double(), problem.head_VD.double()
+    log_qs_NV = (hidden_ND @ head_VD.T).log_softmax(-1)
+    value = (log_qt_NV.exp() * (log_qt_NV - log_qs_NV)).sum().item() / len(hidden_ND)
+    gradient_NV = (log_qs_NV.exp() - log_qt_NV.exp()) / len(hidden_ND)
+    return Exact(value, gradient_NV @ head_VD, gradient_NV.T @ hidden_ND)
+
+
+def errors(problem: Problem, loss: Loss, exact: Exact) -> tuple[float, float, float]:
+    """Relative error of the value, of the hidden states' gradient and of the head's."""
+    value = float(problem.step(loss))
+    found = []
+    for leaf, true in ((problem.hidden_ND, exact.hidden_ND), (problem.head_VD, exact.head_VD)):
+        assert leaf.grad is not None
+        found.append(float((leaf.grad.double() - true).abs().max() / true.abs().max()))
+    return abs(value - exact.value) / exact.value, found[0], found[1]
+
+
+# ---------------------------------------------------------------------- all of it
+
+
+def build(arguments: argparse.Namespace, tokens: int) -> Problem:
+    return Problem(tokens, arguments.vocabulary, arguments.width, arguments.teacher_width)
+
+
+def memory(arguments: argparse.Namespace, name: str) -> float:
+    """Peak MB of a step above the resident size before it."""
+    problem = build(arguments, arguments.tokens)
+    return above_mb(partial(problem.step, contestants(arguments)[name]), problem.forget)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure everything and report it."""
+    losses = contestants(arguments)
+    few = build(arguments, min(arguments.tokens, 64))
+    exact = in_float64(few)
+    wrong = {name: errors(few, loss, exact) for name, loss in losses.items() if "CE" not in name and "(" not in name}
+    del few, exact
+    peaks = {name: apart("--memory", name) for name in losses}
+    problem = build(arguments, arguments.tokens)
+    steps: dict[str, Step] = {PRODUCTS: problem.products()}
+    steps |= {name: partial(problem.step, loss) for name, loss in losses.items()}
+    seconds = in_turns(steps, arguments.repeats)
+
+    result: dict[str, Any] = {"arguments": vars(arguments), "contestants": {}}
+    rows: list[list[str | float]] = []
+    for name, values in seconds.items():
+        to_products, to_ours = ratio(values, seconds[PRODUCTS]), ratio(values, seconds[next(iter(losses))])
+        error = [f"{e:.0e}" for e in wrong[name]] if name in wrong else ["-"] * 3
+        peak = peaks.get(name)
+        rows.append(
+            [name, statistics.median(values), str(to_products), str(to_ours), f"{peak:,.0f}" if peak else "-", *error]
+        )
+        result["contestants"][name] = {
+            "seconds": values, "to_products": to_products, "to_ours": to_ours, "peak_mb": peak,
+            "relative_errors": wrong.get(name),
+        }  # fmt: skip
+    head = ("", "seconds", "x products", "x ours", "peak MB", "value", "d hidden", "d head")
+    missing = [f"Left out: {name}, {package} is not installed." for name, (package, _) in PEERS.items()
+               if name not in losses]  # fmt: skip
+    about = (
+        f"{arguments.tokens} tokens, vocabulary {arguments.vocabulary:,}, widths {arguments.width} and "
+        f"{arguments.teacher_width}, float32; medians of {arguments.repeats} rounds, (lowest to highest).\n"
+    )
+    report("loss_step", "\n".join([about, table(head, rows), "", *missing, *marks(seconds, peaks)]), result)
+
+
+def marks(seconds: dict[str, list[float]], peaks: dict[str, float]) -> list[str]:
+    """The pass marks, where everything that they compare was measured."""
+    mine = next((name for name in peaks if name.startswith("ours") and "CE" not in name and "(" not in name), None)
+    if mine is None:
+        return []
+    found = [mark("time over the products'", ratio(seconds[mine], seconds[PRODUCTS]).median, 1.3)]
+    if "liger" in seconds:
+        found.append(mark("time over liger's", ratio(seconds[mine], seconds["liger"]).median, 0.8))
+    if "trl chunked" in seconds:
+        found.append(mark("memory over TRL's chunked", peaks[mine] / peaks["trl chunked"], 1.0))
+    return found
 
 
 def main() -> None:
@@ -115,36 +240,13 @@ def main() -> None:
     parser.add_argument("--divergences", nargs="+", choices=get_args(Divergence), default=["forward"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--memory", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    problem = Problem(arguments.tokens, arguments.vocabulary, arguments.width, arguments.teacher_width)
-    whole = "products, all rows at once"
-    steps: dict[str, Step] = {whole: partial(problem.products, arguments.tokens)}
-    for chunk_size in arguments.chunk_sizes:
-        steps[f"products, chunks of {chunk_size}"] = partial(problem.products, chunk_size)
-        for divergence in arguments.divergences:
-            steps[f"{divergence}, chunks of {chunk_size}"] = partial(problem.fused, chunk_size, divergence)
-
-    results: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
-    for repeat in range(arguments.repeats + 1):
-        for name, step in steps.items():
-            problem.forget()
-            result = measure(step)
-            if repeat:  # the first round warms up
-                results[name].append(result)
-
-    print(f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32")
-    print(
-        f"{arguments.tokens} tokens, vocabulary {arguments.vocabulary:,}, widths {arguments.width} and "
-        f"{arguments.teacher_width}; medians of {arguments.repeats}"
-    )
-    print(f"{'':<32}{'seconds':>9}{'fastest':>9}{'x products':>12}{'peak MB':>9}")
-    reference = statistics.median(seconds for seconds, _ in results[whole])
-    for name, runs in results.items():
-        seconds = statistics.median(s for s, _ in runs)
-        memory = statistics.median(m for _, m in runs)
-        fastest = min(s for s, _ in runs)
-        print(f"{name:<32}{seconds:>9.2f}{fastest:>9.2f}{seconds / reference:>12.2f}{memory:>9.0f}")
+    if arguments.memory:
+        print(json.dumps(memory(arguments, arguments.memory)))
+    else:
+        run(arguments)
 
 
 if __name__ == "__main__":

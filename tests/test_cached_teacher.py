@@ -314,16 +314,16 @@ def test_the_command_refuses(config, dense, answers, tmp_path, capsys, no_models
     def cache(changed, output, *args):
         return refused(capsys, "cache", "--config", changed, "--output", output, *args)
 
-    assert "does not exist" in cache(tmp_path / "none.yaml", tmp_path / "x")
+    assert "none.yaml" in cache(tmp_path / "none.yaml", tmp_path / "x")
     pretrain = {
         "class_path": "agri_moe.models.pretrain.PretrainModule",
         "init_args": {"network": {"source": str(dense)}},
     }
     other = yaml.safe_load(config.read_text()) | {"model": pretrain}
     (tmp_path / "pretrain.yaml").write_text(yaml.safe_dump(other, allow_unicode=True))
-    assert "without a teacher" in cache(tmp_path / "pretrain.yaml", tmp_path / "x")
-    assert "no model.teacher.source" in cache(read_from(config, answers), tmp_path / "x")
-    assert "streaming" in cache(edited(config, data={"streaming": True}), tmp_path / "x")
+    assert "trains with a teacher" in cache(tmp_path / "pretrain.yaml", tmp_path / "x")
+    assert "model.teacher.source is missing" in cache(read_from(config, answers), tmp_path / "x")
+    assert "data.streaming is true" in cache(edited(config, data={"streaming": True}), tmp_path / "x")
     assert "--k is 0" in cache(config, tmp_path / "x", "--k", "0")
     assert "--draws is 70000" in cache(config, tmp_path / "x", "--draws", "70000")
     assert not (tmp_path / "x").exists()
@@ -338,6 +338,15 @@ def test_the_command_refuses(config, dense, answers, tmp_path, capsys, no_models
     before = content(answers)
     assert "another tokens (8, and not 9)" in cache(answers.parent / "config.yaml", answers, "--k", "9")
     assert content(answers) == before
+
+
+def test_a_plan_counts_no_teacher(config, answers, capsys, no_models):
+    def lines(path):
+        main(["plan", "--config", str(path)])
+        return [line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["teacher"]]
+
+    assert lines(config)
+    assert not lines(edited(config, model={"teacher": {"cache": str(answers)}}))
 
 
 def test_a_complete_cache_is_left_alone(answers, capsys, no_models):

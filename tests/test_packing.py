@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset
@@ -23,14 +26,15 @@ from agri_moe.data.packing import (
     PackedRows,
     StepSampler,
     StepTotals,
-    StreamedRow,
-    StreamSampler,
     check_trainer,
     collate,
     count_targets,
     pack,
     step_loader,
 )
+from agri_moe.data.rows import Record, Rejected, bad_row, record
+from agri_moe.data.sources import RawRow, Source
+from agri_moe.data.streaming import Reader, RowStream, StreamSampler
 
 CONTROL = frozenset({1, 2})
 NO_TOTALS = StepTotals(np.zeros((2, SEGMENTS), np.int64), 0, 0)
@@ -191,31 +195,30 @@ def test_a_limited_epoch_plans_steps_that_end_with_it() -> None:
     assert [p.sequences for (p,) in later] == [p.sequences for p in later.plan(1, accumulate=2)[1:]]
 
 
-def stream_of(rows: list[PackedRow], trainer: Any, **options: Any) -> StreamSampler:
-    """The rows in order, each epoch from another one on."""
-
-    def read(cursor: dict[str, int]) -> Iterator[StreamedRow]:
-        for at in range(cursor.get("row", 0), len(rows)):
-            row = rows[(at + 10 * cursor["epoch"]) % len(rows)]
-            targets = count_targets(row.input_ids, row.segment_ids, CONTROL)
-            yield StreamedRow(row, targets, {"epoch": cursor["epoch"], "row": at})
-
-    return StreamSampler(read, 64, 2, trainer, **options)
+def records_of(rows: list[PackedRow], raw: RawRow) -> list[Record]:
+    """What a data module's encoding gives: here, the made row with the number in the file."""
+    row = rows[raw.values["number"]]
+    return [record(row.input_ids.tolist(), row.segment_ids.tolist(), CONTROL, "")]
 
 
-@pytest.mark.parametrize("world_size", [1, 3])
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_stream_is_shared_out_whole_with_right_totals(world_size: int, accumulate: int) -> None:
-    rows = made_rows(97)
-    ranks = []
-    for rank in range(world_size):
-        sampler = stream_of(rows, fake_trainer(0, rank, world_size, accumulate))
-        ranks.append(list(step_loader(PackedRows(None, 64, 0), sampler, 0)))
-    check_epoch(ranks, rows, accumulate)
+def write_numbers(path: Path, numbers: range, group: int = 7) -> Source:
+    """A file of row numbers, in row groups of so many."""
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table({"number": list(numbers)}), path, row_group_size=group)
+    else:
+        path.write_text("".join(f'{{"number": {number}}}\n' for number in numbers))
+    return Source(str(path), path.suffix[1:])
 
 
-def test_an_empty_stream_ends() -> None:
-    assert list(stream_of([], None)) == []
+def no_bad_rows(row: Rejected) -> None:
+    raise bad_row(row)
+
+
+def stream_of(
+    sources: list[Source], rows: list[PackedRow], trainer: Any, num_workers: int = 0, buffer: int = 10, **options: Any
+) -> StreamSampler:
+    reader = Reader(functools.partial(records_of, rows), {"number"}, 64, seed=5, shuffle_buffer=buffer)
+    return StreamSampler(RowStream(sources, reader, num_workers, no_bad_rows), 64, 2, trainer, **options)
 
 
 def test_trainer_settings_that_would_spoil_totals_are_refused() -> None:
@@ -239,6 +242,7 @@ class Recorder(LightningModule):
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
         ids = batch["row_ids"]
+        ids = torch.where(ids < 1000, ids, (ids >> 14) % 2**28)  # of a streamed row, its number in the file
         self.seen.append((self.current_epoch, list(dict.fromkeys(ids[ids >= 0].tolist()))))
         return self.weight * ids.clamp(min=0).float().sum()
 
@@ -252,8 +256,9 @@ class Recorder(LightningModule):
 class Data(LightningDataModule):
     """Made rows, planned or streamed."""
 
-    def __init__(self, streaming: bool, num_workers: int) -> None:
+    def __init__(self, folder: Path, streaming: bool, num_workers: int) -> None:
         super().__init__()
+        self.folder = folder
         self.streaming = streaming
         self.num_workers = num_workers
         self.made = made_rows(60)
@@ -263,8 +268,9 @@ class Data(LightningDataModule):
         if not self.streaming:
             sampler = sampler_of(self.made, 64, self.trainer, sequences_per_batch=1, seed=5)
             return step_loader(PackedRows(table_of(self.made), 64, 0), sampler, self.num_workers)
-        self.stream = stream_of(self.made, self.trainer, starts=self.starts)
-        return step_loader(PackedRows(None, 64, 0), self.stream, self.num_workers)
+        source = write_numbers(self.folder / "numbers.parquet", range(60))
+        self.stream = stream_of([source], self.made, self.trainer, self.num_workers, starts=self.starts)
+        return step_loader(PackedRows(None, 64, 0), self.stream, 0)
 
     def val_dataloader(self) -> Any:
         sampler = sampler_of(self.made, 64, self.trainer, sequences_per_batch=4, shuffle=False)
@@ -312,13 +318,18 @@ def fit(
 
 
 @pytest.fixture(scope="module")
-def whole_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Recorder]:
-    return {s: fit(tmp_path_factory.mktemp("whole"), Data(s, 0)) for s in (False, True)}
+def whole_runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool, int], Recorder]:
+    @functools.cache
+    def run(streaming: bool, num_workers: int) -> Recorder:
+        folder = tmp_path_factory.mktemp("whole")
+        return fit(folder, Data(folder, streaming, num_workers))
+
+    return run
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_each_epoch_of_a_run_has_each_row_once(whole_runs: dict[bool, Recorder], streaming: bool) -> None:
-    seen = whole_runs[streaming].seen
+def test_each_epoch_of_a_run_has_each_row_once(whole_runs: Callable[[bool, int], Recorder], streaming: bool) -> None:
+    seen = whole_runs(streaming, 0).seen
     epochs = [[row for at, rows in seen if at == epoch for row in rows] for epoch in range(3)]
     assert all(sorted(rows) == list(range(60)) for rows in epochs)
     assert epochs[0] != epochs[1]
@@ -338,23 +349,28 @@ def test_each_epoch_of_a_run_has_each_row_once(whole_runs: dict[bool, Recorder],
     ],
 )
 def test_a_resumed_run_sees_what_a_whole_run_sees(
-    tmp_path: Path, whole_runs: dict[bool, Recorder], streaming: bool, place: str, hook: str, num_workers: int
+    tmp_path: Path,
+    whole_runs: Callable[[bool, int], Recorder],
+    streaming: bool,
+    place: str,
+    hook: str,
+    num_workers: int,
 ) -> None:
-    whole = whole_runs[streaming]
+    whole = whole_runs(streaming, num_workers if streaming else 0)  # a stream's order follows the number of workers
     length = sum(epoch == 0 for epoch, _ in whole.seen)
     batch = {"middle": 4, "within a step": 5, "second epoch": length + 6, "end": length}[place]
     at_end = {"val_check_interval": 1.0} if place == "end" else {}  # validation at the end, where it is saved
     callback = SaveAt(batch, tmp_path / "a.ckpt", hook)
-    first = fit(tmp_path, Data(streaming, num_workers), callback, **at_end)
+    first = fit(tmp_path, Data(tmp_path, streaming, num_workers), callback, **at_end)
     assert first.seen == whole.seen
-    resumed = fit(tmp_path, Data(streaming, num_workers), ckpt=tmp_path / "a.ckpt", **at_end)
+    resumed = fit(tmp_path, Data(tmp_path, streaming, num_workers), ckpt=tmp_path / "a.ckpt", **at_end)
     assert resumed.seen == whole.seen[batch:]
     # Within a step Lightning loses the gradients gathered so far, whatever the loader does.
     assert place == "within a step" or resumed.weight.equal(whole.weight)
 
 
 def test_overfit_batches_repeats_the_same_batches(tmp_path: Path) -> None:
-    seen = fit(tmp_path, Data(False, 0), overfit_batches=2, val_check_interval=1.0).seen
+    seen = fit(tmp_path, Data(tmp_path, False, 0), overfit_batches=2, val_check_interval=1.0).seen
     assert len(seen) == 6
     assert [rows for _, rows in seen[:2]] == [rows for _, rows in seen[2:4]] == [rows for _, rows in seen[4:]]
 

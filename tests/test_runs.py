@@ -89,6 +89,9 @@ def test_sharded_checkpoint_with_a_missing_file_is_damaged(tmp_path):
         (folder / name).write_text(name)
     mark_complete(folder)
     assert damage(folder) is None
+    (folder / ".metadata").write_text("a pickle")
+    assert damage(folder) == "holds .metadata, which was not saved with it"
+    (folder / ".metadata").unlink()
     (folder / "b").unlink()
     assert damage(folder) == "lacks b"
 

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 
 from agri_moe.runs import MARKER, Lock, Run, mark_complete
+from agri_moe.trained import check_intact, read_sharded
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -36,7 +37,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Callable[..., Any] | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Load without running any code that the file may hold."""
+        """Load without running any code that a file may hold; a folder, saved by a sharded run, only if intact.
+
+        Raises:
+            ValueError: If a folder is not as it was saved.
+        """
+        if Path(path).is_dir():
+            check_intact(Path(path), "--ckpt_path")
+            return read_sharded(Path(path))
         # By name, not by Lightning's function: tensors of more than one part (8-bit moments) know no other way.
         location: Any = map_location or "cpu"
         return super().load_checkpoint(path, location, weights_only=True)

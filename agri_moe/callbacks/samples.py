@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only
 
 from agri_moe.callbacks.figures import log_text, run_folder
 from agri_moe.data.chat_data import ChatDataModule
@@ -34,30 +34,31 @@ class SampleAdvisories(lightning.Callback):
             )
 
     def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Generate on the first rank; a sharded model is left out, since generation would need every rank."""
+        """Generate on the first rank; a sharded model on all of them, since each has a piece of it."""
         if trainer.sanity_checking:
             return
-        if pl_module.device_mesh is not None:
-            rank_zero_warn("SampleAdvisories does not generate from a sharded model.")
-            return
-        self._log(trainer, pl_module, run_folder(trainer) / "samples")
+        folder = run_folder(trainer) / "samples"
+        if trainer.is_global_zero or pl_module.device_mesh is not None:
+            self._log(trainer, self._text(trainer, pl_module), folder)
 
-    @rank_zero_only
-    def _log(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, folder: Path) -> None:
+    def _text(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> str:
         assert isinstance(pl_module, LanguageModule)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         table = data.rows("validation").table
         rows = [table[i] for i in range(min(self.rows, len(table)))]
         prompts = [data.chat.encode_prompt(row["scenario"], row.get("system")) for row in rows]
-        answers = generate(
-            pl_module.model.hf, data.chat, prompts, max_new_tokens=self.max_new_tokens, batch_size=self.rows
+        answers = list(
+            generate(pl_module.model, data.chat, prompts, max_new_tokens=self.max_new_tokens, batch_size=self.rows)
         )
         parts = [
             f"**स्थिति** {row['scenario']}\n\n**विचार** {answer.thought}\n\n"
             f"**सलाह** {answer.advisory}\n\n**संदर्भ (reference)** {row['advisory']}\n"
             for row, answer in zip(rows, answers, strict=True)
         ]
-        text = "\n---\n\n".join(parts)
+        return "\n---\n\n".join(parts)
+
+    @rank_zero_only
+    def _log(self, trainer: lightning.Trainer, text: str, folder: Path) -> None:
         log_text(trainer, "advisories", text)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"step={trainer.global_step:08d}.md").write_text(text, encoding="utf-8")

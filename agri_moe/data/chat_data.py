@@ -4,30 +4,20 @@ Shapes: S segments (5); the shapes of a batch stand in packing.py.
 
 How rows flow: sources -> tokens (cached on disk) -> split by the scenario's hash -> packed sequences ->
 StepSampler plans whole optimizer steps -> collate. A row that cannot be used stops the run or is listed in
-`rejected`; it never disappears.
+`rejected`; it never disappears. Streamed rows take another way (streaming.py).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
-from lightning.pytorch import LightningDataModule
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
 from agri_moe.data.chat import DEFAULT_FORMAT, Chat, ChatFormat, render_scenario
-from agri_moe.data.packing import (
-    SEGMENTS,
-    PackedRow,
-    PackedRows,
-    StreamedRow,
-    StreamSampler,
-    check_trainer,
-    step_loader,
-)
+from agri_moe.data.packing import PackedRows, check_trainer
 from agri_moe.data.rows import (
     BadRows,
     Loaded,
@@ -36,31 +26,31 @@ from agri_moe.data.rows import (
     Rows,
     apply_policy,
     bad_record,
-    bad_row,
+    check_held_out,
     check_numbers,
     hold_out,
     load,
     packed_loader,
     record,
-    too_little_aligned,
-    too_long,
+    skip_streamed,
 )
-from agri_moe.data.sources import RawRow, Source, check_columns, find_sources, read_rows
+from agri_moe.data.sources import RawRow, Source, check_columns, find_sources, of_each
+from agri_moe.data.streaming import Reader, RowStream, StreamingDataModule
 from agri_moe.data.teacher_view import TeacherView
 
 REQUIRED = ("scenario", "advisory")
 COLUMNS = ("system", "scenario", "thought", "advisory")
-_LISTED = 1000  # rejected rows of a stream that are kept by name, so that memory stays bounded
 
 Split = Literal["train", "validation", "test"]
 
 
-class ChatDataModule(LightningDataModule):
+class ChatDataModule(StreamingDataModule):
     """Chat rows for training: sources, splits, packing, order.
 
     Args:
         tokenizer: Folder or hub name of the tokenizer.
-        train: A file (Parquet, JSONL, CSV), folder, glob, hub dataset (NAME or NAME:SPLIT), or list of these.
+        train: A file (Parquet, JSONL, CSV), folder or glob, here or behind a URL that fsspec opens (s3://, gs://,
+            hf://, ...); a hub dataset (NAME or NAME:SPLIT); or a list of these.
         validation: The same; without it, `validation_share` of the training rows is held out by scenario.
         test: The same; the validation rows by default.
         columns: Our column -> the one in the files, e.g. {advisory: answer}.
@@ -71,9 +61,10 @@ class ChatDataModule(LightningDataModule):
         bad_rows: `error` stops at a row that cannot be used; `skip` leaves such rows out, counted and listed.
         max_skipped_share: With `skip`, the run stops when a larger share of the rows than this is bad.
         seed: Seed of packing and order.
-        num_workers: Processes that build batches.
+        num_workers: Processes of each rank that build batches; of streamed rows, that read and tokenise.
         num_proc: Processes that tokenise; whole files are shared out among them.
-        streaming: Reads and tokenises on the fly, file by file: for data that fits no disk.
+        streaming: Reads and tokenises on the fly, each rank its own row groups and files: for data that fits no disk.
+        shuffle_buffer: Streamed rows that each worker holds and shuffles at a time; 1 keeps them in the files' order.
         cache_dir: Folder of the tokenised rows; Hugging Face's own by default.
 
     Attributes:
@@ -99,6 +90,7 @@ class ChatDataModule(LightningDataModule):
         num_workers: int = 0,
         num_proc: int = 1,
         streaming: bool = False,
+        shuffle_buffer: int = 4096,
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
@@ -115,14 +107,13 @@ class ChatDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.num_proc = num_proc
         self.streaming = streaming
+        self.shuffle_buffer = shuffle_buffer
         self.cache_dir = cache_dir
         self.rejected: list[Rejected] = []
         self.teacher_view: TeacherView | None = None
         self._rows: dict[str, Rows] = {}
         self._rows_view: TeacherView | None = None  # the one that _rows were loaded for
-        self._streamed_aligned = np.zeros(2, np.int64)
-        self._stream: StreamSampler | None = None
-        self._stream_start: tuple[int, dict[str, int]] | None = None
+        self._row_stream: RowStream | None = None
         check_numbers(self, "max_length")
 
     @functools.cached_property
@@ -137,12 +128,9 @@ class ChatDataModule(LightningDataModule):
             raise ValueError(f"data.columns names {unknown[0]}, which is no column of ours: {', '.join(COLUMNS)}.")
         for split in ("train", "validation", "test"):
             if getattr(self, split) is not None:
-                for source in self._sources(split):
-                    check_columns(source, {**dict(zip(REQUIRED, REQUIRED, strict=True)), **self.columns})
-        if self.streaming and self.train and self.validation is None and self.validation_share > 0:
-            raise ValueError(
-                "data.streaming holds out no rows by itself: set data.validation or data.validation_share: 0."
-            )
+                wanted = {**dict(zip(REQUIRED, REQUIRED, strict=True)), **self.columns}
+                of_each(self._sources(split), functools.partial(check_columns, wanted=wanted))
+        check_held_out(self)
         _ = self.chat
 
     def prepare_data(self) -> None:
@@ -154,7 +142,9 @@ class ChatDataModule(LightningDataModule):
         if not self._rows:
             self.check()
         if stage in (None, "fit"):
-            if not self.streaming:
+            if self.streaming:
+                self._rows_to_stream().check(self.trainer.world_size if self.trainer is not None else 1)
+            else:
                 self.rows("train")
             self.rows("validation")
         elif stage == "validate":
@@ -166,9 +156,7 @@ class ChatDataModule(LightningDataModule):
         """The usable rows of a split, loaded when first asked for."""
         if split == "test" and self.test is None:
             return self.rows("validation")
-        if self._rows_view != self._view:
-            self._rows, self.rejected, self._rows_view = {}, [], self._view
-            self._streamed_aligned = np.zeros(2, np.int64)
+        self._follow_view()
         if split in self._rows:
             return self._rows[split]
         if split == "test" or self.validation is not None:
@@ -203,20 +191,17 @@ class ChatDataModule(LightningDataModule):
         None without a view of the teacher's own, or before there are rows.
         """
         loaded = [rows.aligned.sum(0) for rows in self._rows.values() if rows.aligned is not None]
-        aligned, answer = sum(loaded, self._streamed_aligned).tolist()
+        streamed = self._stream.aligned if self._stream is not None else np.zeros(2, np.int64)
+        aligned, answer = sum(loaded, streamed).tolist()
         return aligned / answer if answer else None
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Packed rows in the order of (seed, epoch)."""
-        check_trainer(self.trainer, self.streaming)
-        if not self.streaming:
-            return self._loader("train", shuffle=True)
-        if self._stream is None or self._stream.trainer is not self.trainer:  # it knows where training stands
-            self._stream = StreamSampler(self._read_stream, self.max_length, self._per_batch, self.trainer)
-            if self._stream_start is not None:
-                self._stream.starts = [self._stream_start]
-        rows = PackedRows(None, self.max_length, self.chat.pad_id, teacher=self._view is not None)
-        return step_loader(rows, self._stream, self.num_workers)
+        if self.streaming:
+            rows = PackedRows(None, self.max_length, self.chat.pad_id, teacher=self._view is not None)
+            return self.stream_loader(self._rows_to_stream(), rows, self._per_batch)
+        check_trainer(self.trainer)
+        return self._loader("train", shuffle=True)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Packed validation rows in a fixed order; nothing when none are held out."""
@@ -233,18 +218,6 @@ class ChatDataModule(LightningDataModule):
         prompts = _Prompts(rows, self.chat, range(rank, len(rows), world))
         return DataLoader(prompts, batch_size=self._per_batch, collate_fn=list)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Where a streamed epoch stands; other sources need nothing but the trainer's progress."""
-        if self._stream is None:
-            return {}
-        done, cursor = self._stream.position()
-        return {"done": done, "cursor": dict(cursor)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what `state_dict` saved."""
-        if state_dict:
-            self._stream_start = (state_dict["done"], state_dict["cursor"])
-
     @property
     def _view(self) -> TeacherView | None:
         """How the teacher reads the rows: None is as the student does, or not at all."""
@@ -255,6 +228,12 @@ class ChatDataModule(LightningDataModule):
     @property
     def _per_batch(self) -> int:
         return max(1, self.tokens_per_batch // self.max_length)
+
+    def _follow_view(self) -> None:
+        """Forgets rows that were read for another view of the teacher."""
+        if self._rows_view != self._view:
+            self._rows, self.rejected, self._rows_view = {}, [], self._view
+            self._row_stream = self._stream = None
 
     def _wanted(self) -> set[str]:
         return {self.columns.get(name, name) for name in COLUMNS}
@@ -286,34 +265,22 @@ class ChatDataModule(LightningDataModule):
             trainer=self.trainer,
         )
 
-    def _read_stream(self, cursor: dict[str, int]) -> Iterator[StreamedRow]:
-        """Usable rows from a cursor to the end of its epoch; the order of the files follows (seed, epoch)."""
-        sources, view = self._sources("train"), self._view
-        order = np.random.default_rng((self.seed, cursor["epoch"])).permutation(len(sources)).tolist()
-        first, number, index = cursor.get("source", 0), cursor.get("row", 0), cursor.get("index", 0)
-        for at in range(first, len(order)):
-            source = sources[order[at]]
-            for raw in read_rows(source, number if at == first else 0, self._wanted(), streaming=True):
-                (row,) = _encode(self.chat, raw, self.columns, view)
-                reason = row["reason"] or too_long(row["length"], self.max_length)
-                if view is not None and not reason:
-                    reason = too_little_aligned(row["aligned"], row["answer"], view.min_aligned)
-                if reason:
-                    self._reject_streamed(Rejected(source.name, raw.number, reason))
-                    continue
-                here = {"epoch": cursor["epoch"], "source": at, "row": raw.number, "index": index}
-                packed = PackedRow(index, *(np.array(row[name]) for name in PackedRow._fields[1:] if name in row))
-                if view is not None:
-                    self._streamed_aligned += (row["aligned"], row["answer"])
-                yield StreamedRow(packed, np.array(row["counts"]).reshape(2, SEGMENTS), here)
-                index += 1
-
-    def _reject_streamed(self, row: Rejected) -> None:
-        if self.bad_rows == "error":
-            raise bad_row(row)
-        if row not in self.rejected and len(self.rejected) < _LISTED:
-            self.rejected.append(row)
-            rank_zero_warn(f"data.train: skipped {row}.")
+    def _rows_to_stream(self) -> RowStream:
+        """The training rows as a stream; only the footers of their files are read by now."""
+        self._follow_view()
+        if self._row_stream is None:
+            view = self._view
+            reader = Reader(
+                functools.partial(_encode, self.chat, columns=self.columns, view=view),
+                self._wanted(),
+                max_length=self.max_length,
+                seed=self.seed,
+                shuffle_buffer=self.shuffle_buffer,
+                min_aligned=view.min_aligned if view is not None else 0.0,
+            )
+            reject = functools.partial(skip_streamed, policy=self.bad_rows, listed=self.rejected)
+            self._row_stream = RowStream(self._sources("train"), reader, self.num_workers, reject)
+        return self._row_stream
 
 
 class _Prompts(Dataset[dict[str, Any]]):

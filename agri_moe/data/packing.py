@@ -6,14 +6,14 @@ reads it, S segments (5).
 A *sequence* is several rows laid end to end, at most `max_length` tokens. A *micro-batch* is what one rank
 sees in one forward pass. An *optimizer step* is accumulate_grad_batches x world_size micro-batches. The
 sampler plans whole steps, so every micro-batch carries the totals of its step, and a loss that divides by
-them needs no communication between ranks.
+them needs no communication between ranks. (Of streamed rows that is done in streaming.py.)
 """
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -221,7 +221,7 @@ class PackedRows(Dataset[dict[str, Tensor]]):
         return [[next(rows) for _ in sequence] for sequence in sequences]
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
     """Where this process stands among the ranks, and how many micro-batches it has done in all."""
 
     rank: int
@@ -269,11 +269,11 @@ class StepSampler(Sampler[list[MicroBatch]]):
 
     def __len__(self) -> int:
         """Micro-batches of a whole epoch on each rank; equal on all, so no rank waits for another in vain."""
-        slots = self.sequences_per_batch * _place(self.trainer, self.shuffle).world_size
+        slots = self.sequences_per_batch * place_of(self.trainer, self.shuffle).world_size
         return -(-len(self.sequences) // slots)
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
-        place = _place(self.trainer, self.shuffle)
+        place = place_of(self.trainer, self.shuffle)
         length = self._planned()
         epoch, start = divmod(place.done, length) if length else (0, 0)
         if getattr(self.trainer, "overfit_batches", 0.0):
@@ -305,13 +305,14 @@ class StepSampler(Sampler[list[MicroBatch]]):
         return plans
 
 
-def _place(trainer: Trainer | None, training: bool) -> _Place:
+def place_of(trainer: Trainer | None, training: bool) -> Place:
+    """The place of this process, in training or in evaluation."""
     if trainer is None:
-        return _Place(0, 1, 1, 0)
+        return Place(0, 1, 1, 0)
     if not training:
-        return _Place(trainer.global_rank, trainer.world_size, 1, 0)
+        return Place(trainer.global_rank, trainer.world_size, 1, 0)
     done: int = trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
-    return _Place(trainer.global_rank, trainer.world_size, trainer.accumulate_grad_batches, done)
+    return Place(trainer.global_rank, trainer.world_size, trainer.accumulate_grad_batches, done)
 
 
 def check_trainer(trainer: Trainer | None, streaming: bool = False) -> None:
@@ -327,106 +328,6 @@ def check_trainer(trainer: Trainer | None, streaming: bool = False) -> None:
             f"trainer.limit_train_batches {limit} cuts a streamed optimizer step in two: "
             f"make it a multiple of trainer.accumulate_grad_batches {accumulate}."
         )
-
-
-class StreamedRow(NamedTuple):
-    """A row of a stream, its targets, and the cursor from which reading begins with this very row."""
-
-    row: PackedRow
-    targets: np.ndarray[Any, Any]  # [2, S]
-    cursor: dict[str, int]
-
-
-@dataclass
-class StreamSampler(Sampler[list[MicroBatch]]):
-    """Plans steps over a stream of unknown length, one step ahead, so that their totals are known.
-
-    Every rank reads the same stream and takes its share of each step, so the ranks end an epoch together
-    without a word between them. A checkpoint needs only the cursor of the step it stands in and how many
-    micro-batches were done when that began: what the loader had read ahead is read again.
-
-    Args:
-        read: Rows from a cursor to the end of that epoch.
-        max_length: Longest sequence.
-        sequences_per_batch: Sequences in one micro-batch.
-        trainer: Where ranks, accumulation and progress are read from.
-        starts: Micro-batches done when a step began, and the cursor of its first row; the newest last.
-    """
-
-    read: Callable[[dict[str, int]], Iterator[StreamedRow]]
-    max_length: int
-    sequences_per_batch: int
-    trainer: Trainer | None = None
-    starts: list[tuple[int, dict[str, int]]] = field(default_factory=lambda: [(0, {"epoch": 0})])
-
-    def position(self) -> tuple[int, dict[str, int]]:
-        """The step that training stands in: micro-batches done when it began, and its cursor."""
-        done = _place(self.trainer, True).done
-        fresh = (done, {"epoch": 0})  # another trainer than the one whose places were noted
-        return next((start for start in reversed(self.starts) if start[0] <= done), fresh)
-
-    def __iter__(self) -> Iterator[list[MicroBatch]]:
-        place = _place(self.trainer, True)
-        began, cursor = self.position()
-        self.starts = [(began, cursor)]
-        return self._steps(place, began, cursor)
-
-    def _steps(self, place: _Place, began: int, cursor: dict[str, int]) -> Iterator[list[MicroBatch]]:
-        skip = place.done - began
-        # A checkpoint at the very end of an epoch finds nothing left of it: the next one follows at once.
-        for start in (cursor, {"epoch": cursor["epoch"] + 1}):
-            yielded = False
-            for first, plans in self._plan(start, place):
-                self._remember(began, first)
-                for plan in plans[skip:]:
-                    yielded = True
-                    yield [plan]
-                began, skip = began + len(plans), max(skip - len(plans), 0)
-            self._remember(began, {"epoch": start["epoch"] + 1})
-            if yielded:
-                return
-
-    def _remember(self, began: int, cursor: dict[str, int]) -> None:
-        """Notes where a step begins, and forgets those that training has left behind."""
-        if self.starts[-1] != (began, cursor):
-            self.starts.append((began, cursor))
-        done = _place(self.trainer, True).done
-        while len(self.starts) > 1 and self.starts[1][0] <= done:
-            self.starts.pop(0)
-
-    def _plan(self, cursor: dict[str, int], place: _Place) -> Iterator[tuple[dict[str, int], list[MicroBatch]]]:
-        """Steps of an epoch from a cursor: first-fit until a row fits nowhere; it begins the next step."""
-        slots = self.sequences_per_batch * place.world_size * place.accumulate
-        step: list[StreamedRow] = []
-        bins: list[list[PackedRow]] = []
-        rooms: list[int] = []
-        for item in self.read(cursor):
-            size = len(item.row.input_ids)
-            chosen = next((i for i, room in enumerate(rooms) if room >= size), None)
-            if chosen is None and len(bins) == slots:
-                yield step[0].cursor, self._share(step, bins, place)
-                step, bins, rooms, chosen = [], [], [], None
-            if chosen is None:
-                chosen = len(bins)
-                bins.append([])
-                rooms.append(self.max_length)
-            step.append(item)
-            bins[chosen].append(item.row)
-            rooms[chosen] -= size
-        if step:
-            yield step[0].cursor, self._share(step, bins, place)
-
-    def _share(self, step: list[StreamedRow], bins: list[list[PackedRow]], place: _Place) -> list[MicroBatch]:
-        """This rank's micro-batches of a step, in the same layout as `StepSampler.plan`."""
-        per_batch = self.sequences_per_batch
-        totals = StepTotals(
-            np.sum([item.targets for item in step], axis=0),
-            sum(len(item.row.input_ids) for item in step),
-            -(-len(bins) // per_batch),
-        )
-        rounds = -(-len(bins) // (per_batch * place.world_size))
-        begins = range(place.rank * per_batch, rounds * per_batch * place.world_size, per_batch * place.world_size)
-        return [MicroBatch(bins[begin : begin + per_batch], totals) for begin in begins]
 
 
 class _StepLoader(DataLoader[dict[str, Tensor]]):

@@ -12,21 +12,23 @@ import hashlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from agri_moe.data.chat import Chat, ChatFormat
 from agri_moe.data.packing import SEGMENTS, PackedRows, StepSampler, count_targets, pack, step_loader
-from agri_moe.data.sources import RawRow, Source, hub_dataset, read_rows
+from agri_moe.data.sources import RawRow, Source, file_stamp, hub_dataset, read_rows
 from agri_moe.data.teacher_view import TeacherRow, TeacherView
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 CACHE_VERSION = 1  # raise it when a row would be tokenised differently: older caches are then left alone
+
+LISTED = 1000  # rejected rows of a stream that are kept by name, so that memory stays bounded
 
 BadRows = Literal["error", "skip"]
 Record = dict[str, Any]
@@ -177,8 +179,7 @@ def load(
 def _stamp(source: Source) -> object:
     if source.kind == "hub":
         return source, hub_dataset(source.name)._fingerprint
-    stat = Path(source.name).stat()
-    return source, str(Path(source.name).resolve()), stat.st_size, stat.st_mtime_ns
+    return source, file_stamp(source.name)
 
 
 def _features(texts: tuple[str, ...], teacher: bool) -> Any:
@@ -282,6 +283,18 @@ def bad_row(row: Rejected, count: int = 1) -> ValueError:
     return ValueError(f"{row}{more}; rows count from 0 within the file: mend the row, or set data.bad_rows: skip.")
 
 
+def skip_streamed(row: Rejected, policy: BadRows, listed: list[Rejected]) -> None:
+    """Stops on a bad row of a stream where the policy says so; else warns, and lists the row."""
+    if policy == "error":
+        raise bad_row(row)
+    if row in listed or len(listed) == LISTED:
+        return
+    listed.append(row)
+    rank_zero_warn(f"data.train: skipped {row}.")
+    if len(listed) == LISTED:
+        rank_zero_warn(f"data.train: {LISTED} rows skipped; more of them will not be listed.")
+
+
 def hold_out(rows: Rows, share: float, key: str, what: str) -> tuple[Rows, Rows]:
     """Rows kept and rows held out, by the hash of what must not stand in both; neither side is empty."""
     if share <= 0:
@@ -320,6 +333,12 @@ def packed_loader(
     return step_loader(PackedRows(rows.table, max_length, pad_id), sampler, num_workers)
 
 
+def check_held_out(data: Any) -> None:
+    """Refuses a stream from which rows would have to be held out."""
+    if data.streaming and data.train and data.validation is None and data.validation_share > 0:
+        raise ValueError("data.streaming holds out no rows by itself: set data.validation or data.validation_share: 0.")
+
+
 def check_numbers(data: Any, length_key: str) -> None:
     """Refuses numbers that make no sense, by the name of their key."""
     length = getattr(data, length_key)
@@ -327,6 +346,8 @@ def check_numbers(data: Any, length_key: str) -> None:
         raise ValueError(f"data.{length_key} is {length}: a sequence needs at least 8 tokens.")
     if data.tokens_per_batch < 1:
         raise ValueError(f"data.tokens_per_batch is {data.tokens_per_batch}: it must be at least 1.")
+    if data.shuffle_buffer < 1:
+        raise ValueError(f"data.shuffle_buffer is {data.shuffle_buffer}: it must be at least 1 row.")
     if not 0 <= data.validation_share < 1:
         raise ValueError(f"data.validation_share is {data.validation_share}: it must be at least 0 and below 1.")
     if data.bad_rows not in ("error", "skip"):

@@ -1,20 +1,26 @@
 """Where rows come from: files (Parquet, JSONL, CSV, plain text), folders, globs, datasets of the hub.
 
-The same readers serve cached and streamed loading. They count rows within the file from 0, and pass on a row
-that cannot be read with the reason, so that no row is lost in silence.
+Files may lie on this machine or behind any URL that fsspec opens (s3://, gs://, hf://, https://, ...); credentials are
+where fsspec looks for them. The same readers serve cached and streamed loading. They count rows within the file from 0,
+and pass on a row that cannot be read with the reason, so that no row is lost in silence.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import glob
+import io
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TextIO
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, TypeVar, cast
+
+import fsspec
 
 SUFFIXES = {
     ".parquet": "parquet",
@@ -25,6 +31,9 @@ SUFFIXES = {
     ".txt": "text",
 }
 _KNOWN = "Parquet, JSONL, CSV or text files"
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.:-]*://")
+_BUFFER = 1 << 20  # bytes; a file behind a URL is slow to ask line by line
+_AT_ONCE = 16  # files opened at a time: a store far away answers late, but many at once
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 _SAMPLE = 100  # rows of a file without a schema that are read to learn its columns
 
@@ -35,6 +44,21 @@ class Source:
 
     name: str
     kind: str  # parquet, jsonl, csv, text or hub
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A part of a source that can be read without the rest of it.
+
+    Args:
+        source: What it is a part of.
+        part: Which row group of a Parquet file, or which shard of a hub dataset; any other file is one shard, 0.
+        size: Bytes (of a row group, before compression); 1 where they are not known.
+    """
+
+    source: Source
+    part: int = 0
+    size: int = 1
 
 
 @dataclass(frozen=True)
@@ -61,32 +85,97 @@ def find_sources(value: str | list[str] | None, key: str) -> list[Source]:
 
 
 def _find(value: str, key: str) -> list[Source]:
-    path = Path(value).expanduser()
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-        if not files:
+    if value.startswith("file://"):
+        value = fsspec.core.strip_protocol(value)
+    what, names = _list_url(value, key) if _URL.match(value) else _list_path(value)
+    known = [name for name in names if _suffix(name) in SUFFIXES]
+    if what == "folder":
+        if not known:
             raise ValueError(f"{key}: the folder {value} holds no {_KNOWN}.")
-        return [_file(p) for p in files]
-    if path.is_file():
-        if path.suffix.lower() not in SUFFIXES:
+        return [_file(name) for name in known]
+    if what == "file":
+        if not known:
             raise ValueError(f"{key}: {value} is of no known kind; give {_KNOWN} ({', '.join(SUFFIXES)}).")
-        return [_file(path)]
-    if glob.has_magic(value):
-        pattern = str(path.relative_to(path.anchor))
-        files = sorted(p for p in Path(path.anchor).glob(pattern) if p.is_file())
-        unknown = [p for p in files if p.suffix.lower() not in SUFFIXES]
-        if not files:
+        return [_file(name) for name in known]
+    if what == "glob":
+        unknown = [name for name in names if name not in known]
+        if not names:
             raise ValueError(f"{key}: no file matches {value}.")
         if unknown:
             raise ValueError(f"{key}: {value} matches {unknown[0]}, which is none of {_KNOWN}; narrow the pattern.")
-        return [_file(p) for p in files]
-    if path.suffix.lower() in SUFFIXES or not _HUB_NAME.fullmatch(value):
+        return [_file(name) for name in known]
+    if _suffix(value) in SUFFIXES or not _HUB_NAME.fullmatch(value):
         raise ValueError(f"{key}: {value} does not exist; name a file, a folder, a glob, or a dataset of the hub.")
     return [Source(value, "hub")]
 
 
-def _file(path: Path) -> Source:
-    return Source(str(path), SUFFIXES[path.suffix.lower()])
+def _list_path(value: str) -> tuple[str, list[str]]:
+    """What a value is on this machine (folder, file, glob or nothing), and the files that it names."""
+    path = Path(value).expanduser()
+    if path.is_dir():
+        return "folder", [str(p) for p in sorted(path.rglob("*")) if p.is_file()]
+    if path.is_file():
+        return "file", [str(path)]
+    if glob.has_magic(value):
+        pattern = str(path.relative_to(path.anchor))
+        return "glob", [str(p) for p in sorted(Path(path.anchor).glob(pattern)) if p.is_file()]
+    return "nothing", []
+
+
+def _list_url(value: str, key: str) -> tuple[str, list[str]]:
+    """The same for a URL."""
+    if "::" in value:
+        raise ValueError(f"{key}: {value} chains file systems; name the files as they lie in one, as s3://bucket/path.")
+    try:
+        files, path = fsspec.core.url_to_fs(value)
+        if glob.has_magic(path):
+            what, found = "glob", [name for name, info in files.glob(path, detail=True).items() if _is_file(info)]
+        elif not files.exists(path):
+            return "nothing", []
+        elif files.isdir(path):
+            what, found = "folder", files.find(path)
+        else:
+            what, found = "file", [path]
+        return what, sorted(files.unstrip_protocol(name) for name in found)
+    except ImportError as error:
+        raise ValueError(
+            f"{key}: {value} needs a package that is not here ({_first_line(error)}): add it, or copy the rows."
+        ) from error
+    except Exception as error:  # every file system raises classes of its own
+        raise ValueError(
+            f"{key}: {value} cannot be looked up ({_first_line(error)}): see that the name is right, and that this "
+            "machine may read it."
+        ) from error
+
+
+def _is_file(info: Mapping[str, Any]) -> bool:
+    return bool(info["type"] == "file")
+
+
+def _suffix(name: str) -> str:
+    return PurePosixPath(name).suffix.lower()
+
+
+def _file(name: str) -> Source:
+    return Source(name, SUFFIXES[_suffix(name)])
+
+
+def file_stamp(name: str) -> object:
+    """What changes when a file does: its place, size and time of change, or what its store says of it."""
+    if _URL.match(name):
+        files, path = fsspec.core.url_to_fs(name)
+        return files.ukey(path)
+    stat = Path(name).stat()
+    return str(Path(name).resolve()), stat.st_size, stat.st_mtime_ns
+
+
+_Found = TypeVar("_Found")
+
+
+def of_each(sources: Sequence[Source], ask: Callable[[Source], _Found]) -> list[_Found]:
+    """What `ask` says of each source, many asked at a time; raises what it raises of the first that it refuses."""
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return list(pool.map(ask, sources))
 
 
 def source_columns(source: Source) -> list[str] | None:
@@ -102,16 +191,12 @@ def source_columns(source: Source) -> list[str] | None:
         if sample and not names:
             raise ValueError(f"{source.name} row 0: {sample[0].reason or 'row has no columns'}.")
         return names
-    try:
+    with _telling(source):
         if source.kind == "parquet":
-            import pyarrow.parquet as pq
-
-            with pq.ParquetFile(source.name) as file:
+            with _open_parquet(source.name) as file:
                 return list(file.schema_arrow.names)
         with _open_csv(source.name) as file:
             return next(csv.reader(file), [])
-    except (OSError, ValueError, csv.Error) as error:  # pyarrow's ArrowInvalid is a ValueError
-        raise unreadable(source, error) from error
 
 
 def check_columns(source: Source, wanted: Mapping[str, str], remedy: str = "") -> None:
@@ -137,16 +222,28 @@ def unreadable(source: Source, error: Exception) -> ValueError:
     )
 
 
-def read_rows(
-    source: Source, start: int = 0, columns: set[str] | None = None, streaming: bool = False
-) -> Iterator[RawRow]:
+@contextlib.contextmanager
+def _telling(source: Source) -> Iterator[None]:
+    """Says of an error that is about the file which file it is."""
+    try:
+        yield
+    except Exception as error:
+        import pyarrow as pa
+
+        about_the_file = isinstance(error, (OSError, csv.Error, UnicodeError, pa.ArrowException))
+        # A store that is asked over the network raises classes of its own.
+        if about_the_file or (_URL.match(source.name) and not isinstance(error, ValueError)):
+            raise unreadable(source, error) from error
+        raise
+
+
+def read_rows(source: Source, start: int = 0, columns: set[str] | None = None) -> Iterator[RawRow]:
     """The rows of a source from number `start` on.
 
     Args:
         source: What to read.
         start: Number of the first row wanted.
         columns: Of a Parquet file, only these are read, where they are there.
-        streaming: Whether a dataset of the hub is read from there row by row, not downloaded first.
     """
     readers = {
         "parquet": _read_parquet,
@@ -155,33 +252,71 @@ def read_rows(
         "text": _read_text,
         "hub": _read_hub,
     }
-    reader = _read_hub_stream if streaming and source.kind == "hub" else readers[source.kind]
-    try:
-        yield from reader(source.name, start, columns)
-    except (OSError, csv.Error) as error:
-        raise unreadable(source, error) from error
+    with _telling(source):
+        yield from readers[source.kind](source.name, start, columns)
 
 
-def _read_parquet(path: str, start: int, columns: set[str] | None) -> Iterator[RawRow]:
-    import pyarrow as pa
+def find_shards(sources: Sequence[Source]) -> list[Shard]:
+    """The shards of the sources that hold rows, in order; of Parquet files only the footers are read."""
+    return list(itertools.chain.from_iterable(of_each(sources, _shards)))
+
+
+def _shards(source: Source) -> list[Shard]:
+    if source.kind == "hub":
+        return [Shard(source, part) for part in range(hub_dataset(source.name, streaming=True).num_shards)]
+    with _telling(source):
+        if source.kind == "parquet":
+            with _open_parquet(source.name) as file:
+                groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+                return [Shard(source, i, group.total_byte_size) for i, group in enumerate(groups) if group.num_rows]
+        files, path = fsspec.core.url_to_fs(source.name)
+        size = files.size(path)
+        return [] if size == 0 else [Shard(source, 0, size or 1)]
+
+
+def read_shard(shard: Shard, start: int = 0, columns: set[str] | None = None) -> Iterator[RawRow]:
+    """The rows of a shard from number `start` on, and nothing else of its source, as far as that can be.
+
+    Of a Parquet file one row group is held in memory at most, and only the columns asked for; rows keep their number
+    in the file. Rows of a hub dataset are counted within the shard.
+    """
+    with _telling(shard.source):
+        if shard.source.kind == "parquet":
+            yield from _read_parquet(shard.source.name, start, columns, shard.part)
+        elif shard.source.kind == "hub":
+            yield from _read_hub_shard(shard.source.name, start, shard.part)
+        else:
+            yield from read_rows(shard.source, start, columns)
+
+
+def _read_parquet(path: str, start: int, columns: set[str] | None, only: int | None = None) -> Iterator[RawRow]:
+    """The rows of all row groups, or of one."""
+    with _open_parquet(path) as file:
+        wanted = [n for n in file.schema_arrow.names if columns is None or n in columns]
+        number = 0
+        for group in range(file.num_row_groups):
+            size = file.metadata.row_group(group).num_rows
+            if only not in (None, group) or number + size <= start:  # skipped without reading it
+                number += size
+                continue
+            for batch in file.iter_batches(1024, row_groups=[group], columns=wanted):
+                for row in _batch_rows(batch, number):
+                    if row.number >= start:
+                        yield row
+                number += batch.num_rows
+
+
+@contextlib.contextmanager
+def _open_parquet(path: str) -> Iterator[Any]:
     import pyarrow.parquet as pq
 
-    try:
-        with pq.ParquetFile(path) as file:
-            wanted = [n for n in file.schema_arrow.names if columns is None or n in columns]
-            number = 0
-            for group in range(file.num_row_groups):
-                size = file.metadata.row_group(group).num_rows
-                if number + size <= start:  # a resumed stream skips what it has seen without reading it
-                    number += size
-                    continue
-                for batch in file.iter_batches(1024, row_groups=[group], columns=wanted):
-                    for row in _batch_rows(batch, number):
-                        if row.number >= start:
-                            yield row
-                    number += batch.num_rows
-    except pa.ArrowInvalid as error:
-        raise unreadable(Source(path, "parquet"), error) from error
+    if not _URL.match(path):
+        with pq.ParquetFile(path) as parquet:
+            yield parquet
+        return
+    # Arrow knows which bytes it wants, and asks for those of a row group together; a cache would fetch others too.
+    with _open_url(path, cache_type="none") as file, pq.ParquetFile(file, pre_buffer=True) as parquet:
+        yield parquet
 
 
 def _batch_rows(batch: Any, first: int) -> list[RawRow]:
@@ -200,7 +335,7 @@ def _batch_rows(batch: Any, first: int) -> list[RawRow]:
 
 def _read_jsonl(path: str, start: int, columns: set[str] | None) -> Iterator[RawRow]:
     """One object a line; a file that begins with `[` is one JSON array. Blank lines are no rows."""
-    with Path(path).open("rb") as file:
+    with _open(path) as file:
         if file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
             file.seek(0)
             try:
@@ -244,14 +379,27 @@ def _read_csv(path: str, start: int, columns: set[str] | None) -> Iterator[RawRo
                 yield RawRow(number, dict(values))
 
 
-def _open_csv(path: str) -> TextIO:
+def _open_csv(path: str) -> io.TextIOWrapper:
     # Bytes that are no UTF-8 become lone surrogates here, and a reason against their row where text is checked.
-    return Path(path).open(encoding="utf-8-sig", errors="surrogateescape", newline="")
+    return io.TextIOWrapper(_open(path), encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
+def _open(path: str) -> BinaryIO:
+    if not _URL.match(path):
+        return Path(path).open("rb")
+    return cast(BinaryIO, io.BufferedReader(_open_url(path), _BUFFER))
+
+
+def _open_url(path: str, **options: str) -> Any:
+    files, name = fsspec.core.url_to_fs(path)
+    file = files.open(name, "rb", **options)
+    # memory:// has one position for all who read a file.
+    return io.BytesIO(file.getvalue()) if isinstance(file, io.BytesIO) else file
 
 
 def _read_text(path: str, start: int, columns: set[str] | None) -> Iterator[RawRow]:
     """One document a line; blank lines are no rows."""
-    with Path(path).open("rb") as file:
+    with _open(path) as file:
         for number, line in enumerate(line for line in file if line.strip()):
             if number < start:
                 continue
@@ -280,8 +428,9 @@ def _read_hub(name: str, start: int, columns: set[str] | None) -> Iterator[RawRo
         yield RawRow(number, dict(values))
 
 
-def _read_hub_stream(name: str, start: int, columns: set[str] | None) -> Iterator[RawRow]:
-    for number, values in enumerate(hub_dataset(name, streaming=True).skip(start), start):
+def _read_hub_shard(name: str, start: int, part: int) -> Iterator[RawRow]:
+    dataset = hub_dataset(name, streaming=True)
+    for number, values in enumerate(dataset.shard(dataset.num_shards, part).skip(start), start):
         yield RawRow(number, dict(values))
 
 

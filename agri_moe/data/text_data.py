@@ -3,7 +3,7 @@
 Shapes: S segments (5); the shapes of a batch stand in packing.py.
 
 A document is tokenised with every control token split, gets an end token, and is cut into pieces of at most
-`block_size`; a piece is what a row is to chat data.
+`block_size`; a piece is what a row is to chat data. Streamed documents take the way of streaming.py.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ import functools
 import itertools
 from typing import Any
 
-from lightning.pytorch import LightningDataModule
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from agri_moe.data.chat import DEFAULT_FORMAT, Chat, ChatFormat, Segment, usable_text
-from agri_moe.data.packing import check_trainer
+from agri_moe.data.packing import PackedRows, check_trainer
 from agri_moe.data.rows import (
     BadRows,
     Record,
@@ -25,21 +24,25 @@ from agri_moe.data.rows import (
     Rows,
     apply_policy,
     bad_record,
+    check_held_out,
     check_numbers,
     hold_out,
     load,
     packed_loader,
     record,
+    skip_streamed,
 )
-from agri_moe.data.sources import RawRow, Source, check_columns, find_sources
+from agri_moe.data.sources import RawRow, Source, check_columns, find_sources, of_each
+from agri_moe.data.streaming import Reader, RowStream, StreamingDataModule
 
 
-class TextDataModule(LightningDataModule):
+class TextDataModule(StreamingDataModule):
     """Plain text for continued pretraining.
 
     Args:
         tokenizer: Folder or hub name of the tokenizer.
-        train: A file (text with a document a line, Parquet, JSONL, CSV), folder, glob, hub dataset, or list.
+        train: A file (text with a document a line, Parquet, JSONL, CSV), folder or glob, here or behind a URL that
+            fsspec opens (s3://, gs://, hf://, ...); a hub dataset; or a list of these.
         validation: The same; without it, `validation_share` of the training documents is held out.
         text_column: Column with the text; that of a text file is `text`.
         format: Markers, of which only the end marker is put to use.
@@ -49,8 +52,10 @@ class TextDataModule(LightningDataModule):
         bad_rows: `error` stops at a document that cannot be used; `skip` leaves it out, counted and listed.
         max_skipped_share: With `skip`, the run stops when a larger share of the documents than this is bad.
         seed: Seed of packing and order.
-        num_workers: Processes that build batches.
+        num_workers: Processes of each rank that build batches; of streamed documents, that read and tokenise.
         num_proc: Processes that tokenise; whole files are shared out among them.
+        streaming: Reads and tokenises on the fly, each rank its own row groups and files: for data that fits no disk.
+        shuffle_buffer: Streamed documents that each worker holds and shuffles at a time; 1 keeps the files' order.
         cache_dir: Folder of the tokenised documents; Hugging Face's own by default.
     """
 
@@ -70,6 +75,8 @@ class TextDataModule(LightningDataModule):
         seed: int = 0,
         num_workers: int = 0,
         num_proc: int = 1,
+        streaming: bool = False,
+        shuffle_buffer: int = 4096,
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
@@ -85,9 +92,12 @@ class TextDataModule(LightningDataModule):
         self.seed = seed
         self.num_workers = num_workers
         self.num_proc = num_proc
+        self.streaming = streaming
+        self.shuffle_buffer = shuffle_buffer
         self.cache_dir = cache_dir
         self.rejected: list[Rejected] = []
         self._rows: dict[str, Rows] = {}
+        self._row_stream: RowStream | None = None
         check_numbers(self, "block_size")
 
     @functools.cached_property
@@ -99,8 +109,10 @@ class TextDataModule(LightningDataModule):
         """Raises a ValueError on wrong files, column or tokenizer, before anything heavy is loaded."""
         for split in ("train", "validation"):
             if getattr(self, split) is not None:
-                for source in self._sources(split):
-                    check_columns(source, {"text": self.text_column}, "data.text_column: NAME")
+                wanted = {"text": self.text_column}
+                ask = functools.partial(check_columns, wanted=wanted, remedy="data.text_column: NAME")
+                of_each(self._sources(split), ask)
+        check_held_out(self)
         _ = self.chat
 
     def prepare_data(self) -> None:
@@ -112,7 +124,10 @@ class TextDataModule(LightningDataModule):
         if not self._rows:
             self.check()
         if stage in (None, "fit"):
-            self.rows("train")
+            if self.streaming:
+                self._rows_to_stream().check(self.trainer.world_size if self.trainer is not None else 1)
+            else:
+                self.rows("train")
         self.rows("validation")
 
     def rows(self, split: str) -> Rows:
@@ -121,6 +136,8 @@ class TextDataModule(LightningDataModule):
             return self._rows[split]
         if self.validation is not None:
             self._rows[split] = self._load(split)
+        elif self.streaming:  # `check` has seen to it that nothing is to be held out
+            self._rows["validation"] = Rows.none()
         else:
             kept, held_out = hold_out(self._load("train"), self.validation_share, "data.train", "document")
             self._rows.update(train=kept, validation=held_out)
@@ -128,6 +145,9 @@ class TextDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Packed pieces in the order of (seed, epoch)."""
+        if self.streaming:
+            rows = PackedRows(None, self.block_size, self.chat.pad_id)
+            return self.stream_loader(self._rows_to_stream(), rows, max(1, self.tokens_per_batch // self.block_size))
         check_trainer(self.trainer)
         return self._loader("train", shuffle=True)
 
@@ -160,6 +180,15 @@ class TextDataModule(LightningDataModule):
             rank_zero_warn(warning)
         self.rejected += loaded.rejected
         return loaded.rows
+
+    def _rows_to_stream(self) -> RowStream:
+        """The training documents as a stream; only the footers of their files are read by now."""
+        if self._row_stream is None:
+            encode = functools.partial(_encode, self.chat, column=self.text_column, block_size=self.block_size)
+            reader = Reader(encode, {self.text_column}, self.block_size, self.seed, self.shuffle_buffer)
+            reject = functools.partial(skip_streamed, policy=self.bad_rows, listed=self.rejected)
+            self._row_stream = RowStream(self._sources("train"), reader, self.num_workers, reject)
+        return self._row_stream
 
     def _loader(self, split: str, shuffle: bool) -> DataLoader[Any]:
         return packed_loader(

@@ -22,7 +22,8 @@ from agri_moe.data.chat import Chat, Segment
 from agri_moe.generation import generate
 from agri_moe.losses import Routing, routing, token_statistics
 from agri_moe.metrics import RoutingStatistics, SegmentLoss, TeacherAgreement, TermMean, balanced_perplexity
-from agri_moe.models.causal import CausalModel, shard
+from agri_moe.models.causal import CausalModel
+from agri_moe.models.sharding import shard
 from agri_moe.models.source import ModelConfig, check_vocabulary
 from agri_moe.models.upcycle import is_moe
 from agri_moe.objective import Batch, Objective, Plan, Running, Term
@@ -166,11 +167,15 @@ class LanguageModule(lightning.LightningModule, ABC):
         """Load the model and mark what is trained. Called by Lightning, once per stage; loads once."""
         if hasattr(self, "model"):
             return
-        hf = self.model_config.load(self.model_key, self.chat)
+        mesh = self.device_mesh
+        pieces = None if mesh is None else self.model_config.in_pieces(self.model_key, self.chat)
+        hf = self.model_config.load(self.model_key, self.chat) if pieces is None else pieces.shape()
         hf.config.use_cache = False
         if self.gradient_checkpointing:
             hf.gradient_checkpointing_enable({"use_reentrant": False})
         self.build(hf)
+        if pieces is not None:
+            pieces.fill(hf, self.trainer.strategy.root_device)
         total, active, trained = parameter_counts(self.model)
         rank_zero_info(f"Model: {total:,} parameters, {active:,} active for one token, {trained:,} trained.")
 
@@ -182,8 +187,8 @@ class LanguageModule(lightning.LightningModule, ABC):
         for name, parameter in self._parameters_by_name().items():
             parameter.requires_grad_(any(factors[name]))
         if self.device_mesh is not None:
-            precision = str(self.trainer.precision)
-            shard(self.model, self.device_mesh["data_parallel"], torch.bfloat16 if "bf16" in precision else None)
+            mixed = self.trainer.precision == "bf16-mixed"
+            shard(self.model, self.device_mesh["data_parallel"], torch.bfloat16 if mixed else None)
         segments = dict.fromkeys(name for objective in self.objectives for name in objective.ce.segments)
         self.val_loss = SegmentLoss({name: Segment[name.upper()] for name in segments})
         self.val_teacher = TeacherAgreement()
@@ -286,8 +291,21 @@ class LanguageModule(lightning.LightningModule, ABC):
         return math.ceil(batches / self.trainer.accumulate_grad_batches)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the architecture beside the weights: export and generate then need no source folder."""
+        """Keep the architecture beside the weights, and the optimizer's state by name.
+
+        Export and generate then need no source folder, and a sharded run can go on from whole weights: by number, as
+        torch has it, the state of a parameter would be looked for in another order.
+        """
         checkpoint["hf_config"] = self.model.hf.config.to_dict()
+        for state, optimizer in zip(checkpoint.get("optimizer_states", []), self.trainer.optimizers, strict=True):
+            _by_name(state, self._numbered(optimizer))
+
+    def _numbered(self, optimizer: torch.optim.Optimizer) -> list[str]:
+        """Names of the parameters in the order in which a state that is kept by number counts them."""
+        if self.device_mesh is not None:  # Lightning's numbering of what it has gathered from shards
+            return [name for name, _ in self.named_parameters()]
+        names = {parameter: name for name, parameter in self.named_parameters()}
+        return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Fit the state of the objective to a checkpoint that another objective left.
@@ -507,6 +525,15 @@ class LanguageModule(lightning.LightningModule, ABC):
         """Log the terms of a finished step."""
         self.log_dict({f"train/{name}": value for name, value in values.items()}, prog_bar=True)
 
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, and let the gradients go.
+
+        Lightning clears them between the next forward and backward pass: all that while they would stand beside the
+        activations.
+        """
+        super().optimizer_step(*args, **kwargs)
+        self.zero_grad(set_to_none=True)
+
     def configure_gradient_clipping(
         self,
         optimizer: torch.optim.Optimizer,
@@ -571,7 +598,7 @@ class LanguageModule(lightning.LightningModule, ABC):
     def predict_step(self, batch: list[dict[str, Any]], batch_idx: int) -> list[dict[str, Any]]:
         """Answer scenarios greedily; each row comes back with its answer."""
         answers = generate(
-            self.model.hf,
+            self.model,
             self.chat,
             [row["prompt_ids"] for row in batch],
             max_new_tokens=self.max_new_tokens,
@@ -622,6 +649,16 @@ class LanguageModule(lightning.LightningModule, ABC):
         if losses:
             values["balanced_perplexity"] = balanced_perplexity(losses["loss"], values["balance_score"])
         return values
+
+
+def _by_name(state: dict[str, Any], names: Sequence[str]) -> None:
+    """Key an optimizer's state by name instead of number, in place; what is keyed by name already stays."""
+    groups = state.get("param_groups", [])  # none on ranks that do not write
+    if all(isinstance(number, str) for group in groups for number in group["params"]):
+        return
+    state["state"] = {names[number]: moments for number, moments in state["state"].items()}
+    for group in groups:
+        group["params"] = [names[number] for number in group["params"]]
 
 
 def layer_name(term: str, layer: int) -> str:

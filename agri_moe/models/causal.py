@@ -7,19 +7,18 @@ Shapes: B batch, T sequence, N chosen positions, S sampled positions, Q query po
 groups, D width, F expert width, V vocabulary, E experts.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Shard
 from transformers import PreTrainedModel
 
 from agri_moe.models.attention import capture_attention
+from agri_moe.models.experts import follow_autocast
+from agri_moe.models.sharding import place, rows
 
 R = TypeVar("R")
 
@@ -59,10 +58,12 @@ class CausalModel(nn.Module):
     def __init__(self, hf: PreTrainedModel, projections: dict[tuple[int, int], int] | None = None):
         super().__init__()
         self.hf = hf
+        follow_autocast(hf)
         width = hf.config.hidden_size
         self.projections = nn.ModuleDict(
             {f"{i}_{j}": nn.Linear(width, other, bias=False) for (i, j), other in (projections or {}).items()}
         )
+        self.layer_dtype: torch.dtype | None = None  # in which a sharded model's layers are gathered, if not their own
         self._asked_sample: Tensor | None = None  # of the pass that is about to begin
         self._expert_sample: Tensor | None = None  # of the last pass, which the backward pass may run again
         self._expert_outputs: dict[int, Tensor] | None = None
@@ -124,6 +125,7 @@ class CausalModel(nn.Module):
         experts: dict[int, Tensor] = {}
         self._expert_outputs = experts
         with (
+            self._precision(),
             capture(routers) as router_logits,
             capture([backbone.layers[i] for i in reads.layers], batch.get("sample")) as streams,
             capture_attention([backbone.layers[i] for i in reads.attention], batch) as attention,
@@ -145,6 +147,22 @@ class CausalModel(nn.Module):
             attention=dict(zip(reads.attention, attention, strict=True)),
             experts=list(experts.values()),
         )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is, or this rank's pieces of it."""
+        return self.hf.device
+
+    def generate(self, **options: Any) -> Any:
+        """Go on from prompts as the language model's own `generate` does; of a sharded model, on all ranks at once."""
+        with self._precision():
+            return self.hf.generate(**options)
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        """Autocast where the layers' weights have another type than what flows through them: callers may have none."""
+        if self.layer_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.layer_dtype)
 
     def _mask(self, position_ids_BT: Tensor) -> Tensor | None:
         """Who sees whom, [B, 1, T, T]; None where transformers derives it from `position_ids`.
@@ -226,39 +244,27 @@ def capture(modules: Sequence[nn.Module], sample_S: Tensor | None = None) -> Ite
             handle.remove()
 
 
-def shard(model: CausalModel, mesh: DeviceMesh, dtype: torch.dtype | None) -> None:
-    """Shard over a mesh with FSDP2: each layer by itself, then the rest with the head, whose forward holds the loss.
+def grow(model: PreTrainedModel, tokens: Collection[int]) -> None:
+    """Make room for these token ids in embedding and head, in place, before they are sharded.
 
-    Args:
-        model: Changed in place; its parameters become shards.
-        mesh: One-dimensional.
-        dtype: Type in which parameters are gathered and used; None keeps their own. Gradients are reduced in float32.
+    Where the padded matrix has free rows, as Qwen's does, it does not grow; otherwise it grows to the next multiple of
+    128.
     """
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-
-    def placement(parameter: nn.Parameter) -> Shard:
-        # Fused experts [E, 2F, D]: there are fewer experts than ranks on large jobs, and empty shards on the rest.
-        return Shard(1 if parameter.ndim == 3 else 0)
-
-    for layer in model.hf.model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    if max(tokens, default=0) >= model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(max(tokens) + 1, pad_to_multiple_of=128, mean_resizing=False)
 
 
 def start_rows(model: PreTrainedModel, pieces: dict[int, list[int]]) -> None:
     """Start the embedding rows of new tokens as the mean of the rows of their plain-text pieces, in place.
 
-    Where the padded matrix has free rows, as Qwen's does, it does not grow; otherwise it grows to the next multiple of
-    128.
-
     Args:
-        model: Its input embedding and, if untied, its head are changed.
+        model: Its input embedding and, if untied, its head are changed; they grow where they must (see `grow`). Of a
+            sharded model, which cannot grow, every rank must call this.
         pieces: Id of each new token -> ids of its pieces.
     """
     if not pieces:
         return
-    if max(pieces) >= model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(max(pieces) + 1, pad_to_multiple_of=128, mean_resizing=False)
+    grow(model, pieces)
     matrices = [model.get_input_embeddings().weight]
     head = model.get_output_embeddings()
     if head is not None and head.weight is not matrices[0]:
@@ -266,4 +272,4 @@ def start_rows(model: PreTrainedModel, pieces: dict[int, list[int]]) -> None:
     with torch.no_grad():
         for weight_VD in matrices:
             for token, parts in pieces.items():
-                weight_VD[token] = weight_VD[parts].float().mean(0).to(weight_VD.dtype)
+                place(weight_VD, rows(weight_VD, parts).float().mean(0), (token, 0))

@@ -24,9 +24,10 @@ from agri_moe.data.teacher_view import TeacherView
 from agri_moe.losses.attention import check_head_map
 from agri_moe.models.attention import check_readable
 from agri_moe.models.base import LanguageModule
-from agri_moe.models.causal import CausalModel, start_rows
+from agri_moe.models.causal import CausalModel
 from agri_moe.models.checkpoint_files import load_config
-from agri_moe.models.source import StudentConfig, check_vocabulary, untrained_markers
+from agri_moe.models.sharding import shard_frozen
+from agri_moe.models.source import ModelConfig, StudentConfig, check_vocabulary, untrained_markers
 from agri_moe.models.upcycle import is_moe
 from agri_moe.objective import Batch, Objective, Plan
 from agri_moe.on_policy import OnPolicy, Sampled, check_on_policy, is_on_policy, sample_batch
@@ -247,13 +248,18 @@ class DistillModule(LanguageModule):
             object.__setattr__(self, "anchor", self._load_frozen(str(self.anchor_source), dtype, "Anchor"))
 
     def _load_frozen(self, source: str, dtype: str, name: str) -> OnlineTeacher:
-        hf = AutoModelForCausalLM.from_pretrained(
-            source, dtype=getattr(torch, dtype), attn_implementation=self.student_config.attn_implementation
-        )
-        start_rows(hf, untrained_markers(source, self.chat))
-        rank_zero_info(f"{name}: {hf.num_parameters():,} parameters in {dtype}, frozen.")
+        key = f"model.{name.lower()}"
+        config = ModelConfig(source, attn_implementation=self.student_config.attn_implementation)
+        device, mesh = self.trainer.strategy.root_device, self.device_mesh
+        pieces = None if mesh is None else config.in_pieces(key, self.chat, getattr(torch, dtype))
+        hf = config.load(key, self.chat, getattr(torch, dtype)) if pieces is None else pieces.shape()
         frozen = OnlineTeacher(CausalModel(hf))
-        frozen.to(self.trainer.strategy.root_device)
+        if mesh is not None:
+            shard_frozen(frozen.model, mesh["data_parallel"])
+        if pieces is not None:
+            pieces.fill(hf, device)
+        frozen.to(device)
+        rank_zero_info(f"{name}: {hf.num_parameters():,} parameters in {dtype}, frozen.")
         return frozen
 
     # ------------------------------------------------------------------ steps

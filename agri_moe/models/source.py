@@ -3,11 +3,15 @@
 Everything here up to `ModelConfig.load` reads configs and tokenizers only, so that a mistake is found before weights.
 """
 
+import copy
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,9 +23,20 @@ from transformers import (
 from transformers.utils import cached_file
 
 from agri_moe.data.chat import Chat
-from agri_moe.models.causal import start_rows
+from agri_moe.models.causal import grow, start_rows
 from agri_moe.models.checkpoint_files import load_config
-from agri_moe.models.upcycle import UpcycleSpec, is_moe, load_upcycled, moe_config
+from agri_moe.models.sharding import draw, materialise
+from agri_moe.models.upcycle import (
+    Placed,
+    UpcycleSpec,
+    fill,
+    is_moe,
+    load_upcycled,
+    moe_config,
+    stored_placed,
+    unreadable,
+    upcycled_placed,
+)
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
@@ -106,19 +121,86 @@ class ModelConfig:
             config = load_config(str(self.source), f"{key}.source")
         return moe_config(config, self.upcycle) if self.upcycle and not is_moe(config) else config
 
-    def load(self, key: str, chat: Chat) -> PreTrainedModel:
-        """The model with float32 weights, and rows for the chat's new markers."""
+    def load(self, key: str, chat: Chat, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+        """The model, whole, with rows for the chat's new markers."""
         options = {"attn_implementation": self.attn_implementation}
         if self.source is None:
             config = self.hf_config(key, chat)
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
-        if self.upcycle and not is_moe(load_config(self.source, f"{key}.source")):
-            model = load_upcycled(self.source, self.upcycle, dtype=torch.float32)
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+        if self._upcycles(key):
+            assert self.upcycle is not None, "it upcycles"
+            model = load_upcycled(self.source, self.upcycle, dtype=dtype)
             model.set_attn_implementation(self.attn_implementation)
         else:
-            model = AutoModelForCausalLM.from_pretrained(self.source, dtype=torch.float32, **options)
+            model = AutoModelForCausalLM.from_pretrained(self.source, dtype=dtype, **options)
         start_rows(model, untrained_markers(self.source, chat))
         return model
+
+    def in_pieces(self, key: str, chat: Chat, dtype: torch.dtype = torch.float32) -> "Pieces | None":
+        """The same model for ranks that hold a piece of it each; None, and a warning, where only `load` can read it."""
+        config = self.hf_config(key, chat)
+        if self.source is None:
+            return Pieces(config, dtype, self.attn_implementation)
+        new_rows = untrained_markers(self.source, chat)
+        if self._upcycles(key):
+            assert self.upcycle is not None, "it upcycles"
+            tensors = partial(upcycled_placed, self.source, self.upcycle)
+        elif (reason := unreadable(self.source)) is None:
+            tensors = partial(stored_placed, self.source)
+        else:
+            rank_zero_warn(
+                f"{key}: {self.source} cannot be read piece by piece, because {reason}; every rank reads all of it."
+            )
+            return None
+        return Pieces(config, dtype, self.attn_implementation, tensors, new_rows)
+
+    def _upcycles(self, key: str) -> bool:
+        return self.upcycle is not None and not is_moe(load_config(str(self.source), f"{key}.source"))
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A model that no rank ever holds whole: first its shape, which is cut, then each rank's piece of every value.
+
+    Args:
+        config: Of the model.
+        dtype: Of its weights.
+        attn_implementation: Attention kernel.
+        tensors: Gives its weights; None draws them at random, as transformers does.
+        new_rows: Markers that it never learned, with their pieces.
+    """
+
+    config: PreTrainedConfig
+    dtype: torch.dtype
+    attn_implementation: str
+    tensors: Callable[[], Iterator[Placed]] | None = None
+    new_rows: dict[int, list[int]] = field(default_factory=dict)
+
+    def shape(self) -> PreTrainedModel:
+        """The model on the meta device."""
+        config = copy.deepcopy(self.config)  # which becomes the model's own, and may grow
+        with torch.device("meta"):
+            hf = AutoModelForCausalLM.from_config(
+                config, dtype=self.dtype, attn_implementation=self.attn_implementation
+            )
+            grow(hf, self.new_rows)
+        return hf
+
+    def fill(self, hf: PreTrainedModel, device: torch.device) -> None:
+        """Give what `shape` returned its values, once it is sharded; every rank must call this.
+
+        Memory: this rank's pieces, and the tensors of one layer's experts or one matrix.
+        """
+        materialise(hf, device)
+        if self.tensors is None:
+            hf.apply(partial(draw, hf))
+            return
+        if hf.config.vocab_size > self.config.vocab_size:  # grown: nothing is stored for the rows that fill it up
+            draw(hf, hf.get_input_embeddings())
+            if hf.get_output_embeddings().weight is not hf.get_input_embeddings().weight:
+                draw(hf, hf.get_output_embeddings())
+        fill(hf, self.tensors())
+        start_rows(hf, self.new_rows)
 
 
 @dataclass

@@ -25,9 +25,10 @@ from functools import partial
 from importlib import metadata
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import (
@@ -54,9 +55,11 @@ from agri_moe.models.checkpoint_files import (
     stored_tensors,
     write_weights,
 )
+from agri_moe.models.sharding import place
 from agri_moe.runs import replace_text
 
 Part = Literal["copy", "router", "gate", "up", "down"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -307,14 +310,22 @@ class Target:
         """Where F, an expert's width, stands in the shape."""
         return 1 if self.part == "down" else 0
 
+    @property
+    def offset(self) -> tuple[int, ...]:
+        """Where the tensor begins in the parameter that holds it; experts are fused as [E, 2F, D], gate first."""
+        if self.expert < 0:
+            return (0,) * len(self.shape)
+        return self.expert, self.shape[0] if self.part == "up" else 0, 0
+
 
 def expected_tensors(config: PreTrainedConfig) -> dict[str, Target]:
-    """The tensors of a stock MoE checkpoint by name, with the shapes that the stock model declares.
+    """The tensors of a stock checkpoint by name, with the shapes that the stock model declares.
 
-    The names are those of hub checkpoints, weights per expert; a tied head is left out.
+    The names are those of hub checkpoints, weights per expert for the MoEs of `FAMILIES`, and those in memory for any
+    other model; a tied head is left out.
     """
     rows_in_memory: dict[str, list[Row]] = defaultdict(list)
-    for row in MOE_ROWS[config.model_type]:
+    for row in MOE_ROWS.get(config.model_type, ()):
         rows_in_memory[_FUSED.get(row.part, row.moe)].append(row)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -507,6 +518,59 @@ def upcycled_tensors(source: str | Path, spec: UpcycleSpec) -> Iterator[tuple[st
         yield from ((entry.name, tensor) for entry, tensor in _make(shard, spec))
 
 
+Placed = tuple[Target, Tensor]
+"""A tensor, and where it belongs."""
+
+
+def upcycled_placed(source: str | Path, spec: UpcycleSpec) -> Iterator[Placed]:
+    """The tensors of the MoE one after the other; arguments and errors are those of `upcycle`.
+
+    They are made in the source's dtype. Memory: one FFN matrix of each expert of a layer.
+    """
+    return _placed(_plan(source, spec), spec)
+
+
+def _placed(plan: Plan, spec: UpcycleSpec) -> Iterator[Placed]:
+    entries = [entry for shard in plan.shards for entry in shard]
+    for entry, tensor in _progress(_make(entries, spec), len(entries), "upcycle"):
+        yield entry.target, tensor
+
+
+def stored_placed(source: str | Path) -> Iterator[Placed]:
+    """The tensors of a checkpoint one after the other, mapped from its files; ask `unreadable` first."""
+    stored = stored_tensors(checkpoint_folder(source))
+    targets = expected_tensors(load_config(source, "source"))
+    for target in _progress(targets.values(), len(targets), "read"):
+        yield target, stored[target.name].read()
+
+
+def _progress(items: Iterable[T], total: int, what: str) -> Iterable[T]:
+    """A progress bar, on the first of several ranks that do the same."""
+    others = dist.is_initialized() and dist.get_rank() > 0
+    return tqdm(items, total=total, desc=what, unit="tensor", disable=others)
+
+
+def unreadable(source: str | Path) -> str | None:
+    """Why `stored_placed` cannot read a checkpoint; None if it can.
+
+    It knows dense models, whose tensors are stored under their names in memory, and the MoEs of `FAMILIES`.
+    """
+    config = load_config(source, "source")
+    if getattr(config, "quantization_config", None):
+        return "it is quantized"
+    try:
+        stored = stored_tensors(checkpoint_folder(source))
+    except ValueError as error:
+        return str(error).rstrip(".")
+    for target in expected_tensors(config).values():
+        found = stored.get(target.name)
+        if found is None:
+            return f"it has no tensor {target.name}"
+        if found.shape != target.shape or found.dtype not in DTYPES:
+            return f"{target.name} is {found.dtype} {list(found.shape)} and not {list(target.shape)}"
+    return None
+
+
 def load_upcycled(source: str, spec: UpcycleSpec, *, dtype: torch.dtype) -> PreTrainedModel:
     """Upcycle in memory: bit for bit the model that `upcycle` and `from_pretrained` would give, in eval mode.
 
@@ -516,20 +580,18 @@ def load_upcycled(source: str, spec: UpcycleSpec, *, dtype: torch.dtype) -> PreT
     plan = _plan(source, spec)
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(plan.config, dtype=dtype)
-    parameters = dict(model.named_parameters())
-    entries = [entry for shard in plan.shards for entry in shard]
-    for entry, tensor in tqdm(_make(entries, spec), total=len(entries), desc="upcycle", unit="tensor"):
-        target = entry.target
-        parameter = parameters[target.memory].data
-        if target.expert >= 0:
-            parameter = parameter[target.expert]
-        if target.part in ("gate", "up"):  # fused as [2F, D], gate first
-            parameter = parameter.chunk(2)[target.part == "up"]
-        parameter.copy_(tensor)
+    fill(model, _placed(plan, spec))
     model.tie_weights()  # no_init_weights leaves a tied head untied
     if (plan.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(plan.folder)
     return model.eval()
+
+
+def fill(model: PreTrainedModel, tensors: Iterable[Placed]) -> None:
+    """Write tensors into a model, or this rank's pieces of them into a sharded one."""
+    parameters = dict(model.named_parameters())
+    for target, tensor in tensors:
+        place(parameters[target.memory], tensor, target.offset)
 
 
 def upcycle(source: str | Path, output: str | Path, spec: UpcycleSpec, *, overwrite: bool = False) -> None:

@@ -4,7 +4,7 @@ from typing import Literal
 
 
 def cache(
-    config: str,
+    *fit: str,
     output: str,
     kind: Literal["topk", "sampled"] = "topk",
     k: int = 64,
@@ -14,13 +14,14 @@ def cache(
 ) -> None:
     """Ask a config's teacher about its train, validation and test rows, and write the answers to a folder.
 
-    Train from it with `--model.teacher.cache=DIR`. Under torchrun the processes share the rows out, each with the whole
-    teacher. Killed and started again, it goes on after the last file that was complete.
+    Takes what `fit` takes, `--config FILE` and any key; train from the folder with `--model.teacher.cache=DIR`. Under
+    torchrun the processes share the rows out, each with the whole teacher. Killed and started again, it goes on after
+    the last file that was complete.
 
     Example: `python main.py cache --config configs/distill_cached.yaml --output teacher_cache`
 
     Args:
-        config: The experiment's YAML file.
+        *fit: Options of `fit`.
         output: Folder to write.
         kind: `topk`, the most probable tokens, their log-probabilities and the mass of all others; or `sampled`, tokens
             drawn from the teacher's distribution, an unbiased estimate of all of it in less space (Anshumann et al.
@@ -36,4 +37,4 @@ def cache(
         raise ValueError(f"--k is {k}: it must be at least 1.")
     if not 1 <= draws <= 65535:
         raise ValueError(f"--draws is {draws}: it must be between 1 and 65535.")
-    write_cache(config, output, Asked(kind, k if kind == "topk" else draws, segments, seed))
+    write_cache(fit, output, Asked(kind, k if kind == "topk" else draws, segments, seed))
