@@ -41,6 +41,11 @@ TOOLS = {
         "look at rows as the model will see them, and at what is wrong with them",
         "preview --config configs/distill.yaml",
     ),
+    "cache": (
+        "agri_moe.tools.cache:cache",
+        "write a teacher's answers to disk, for training without it",
+        "cache --config configs/distill_cached.yaml --output teacher_cache",
+    ),
     "plan": (
         "agri_moe.tools.plan:plan",
         "tell what a config will cost in memory, time and disk, before it runs",

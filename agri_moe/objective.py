@@ -218,6 +218,35 @@ class Objective:
             means["teacher_entropy"] = RunningMean(decay=self.kl.temperature.decay)
         return means
 
+    def check_offline(self, segments: Sequence[str]) -> None:
+        """Refuse what a teacher that is read from disk cannot be asked.
+
+        Args:
+            segments: Those that it has answers for.
+
+        Raises:
+            ValueError: Naming the setting.
+        """
+        for name in TEACHER_TERMS[1:]:
+            if self.uses(name):
+                raise ValueError(
+                    f"objective.{name} looks inside the teacher, and model.teacher.cache holds only its distributions: "
+                    f"set objective.{name}.weight: 0, or name the teacher by model.teacher.source alone."
+                )
+        if not self.uses("kl"):
+            return
+        if self.kl.divergence != "forward" or bounds(self.kl.temperature) != (1.0, 1.0):
+            key = "divergence" if self.kl.divergence != "forward" else "temperature"
+            raise ValueError(
+                f"objective.kl.{key} needs the teacher's whole distribution, of which model.teacher.cache holds some "
+                "tokens: use divergence: forward at temperature: 1, or name the teacher by model.teacher.source alone."
+            )
+        if lacking := [name for name in self.kl.segments if name not in segments]:
+            raise ValueError(
+                f"objective.kl.segments names {lacking[0]}, and model.teacher.cache was made with other segments "
+                f"({', '.join(segments)}): make it anew with {lacking[0]} among its --segments."
+            )
+
     def divergence_only(self) -> "Objective":
         """The objective for text that the student wrote itself: no term that would teach it its own words."""
         off: dict[str, Any] = {name: dataclasses.replace(getattr(self, name), weight=0.0) for name in TEACHER_TERMS[1:]}
@@ -345,6 +374,7 @@ class Objective:
             batch["targets"],
             signal.hidden_MD if signal and use_kl else None,
             signal.head_VD if signal and use_kl else None,
+            signal.sparse if signal and use_kl else None,
             ce_scale=self._ce_scale(batch, now),
             kl_scale=kl_scale,
             temperature=self.temperature(now.step, running) if use_kl else 1.0,

@@ -22,8 +22,7 @@ from agri_moe.data.sources import find_sources
 from agri_moe.models.base import LanguageModule, parameter_counts
 from agri_moe.models.causal import CausalModel
 from agri_moe.models.checkpoint_files import load_config
-from agri_moe.models.distill import ANCHOR, TEACHER, DistillModule
-from agri_moe.models.source import untrained_markers
+from agri_moe.models.distill import ANCHOR, TEACHER, DistillModule, head_rows
 from agri_moe.rehearsal import Models, Rehearsal, Rows, Setting, rehearse
 from agri_moe.training_cli import TrainingCLI, run_training
 
@@ -250,8 +249,8 @@ def model_configs(module: LanguageModule, chat: Chat) -> Models:
     if isinstance(module, DistillModule):
         if module.teacher_config is not None:
             dtype = module.teacher_config.torch_dtype
-            if module.uses_teacher:
-                source = module.teacher_config.source
+            if module.uses_teacher and module.cache is None:
+                source = str(module.teacher_config.source)
                 teacher = _with_room(load_config(source, TEACHER), source, chat)
         if module.uses_anchor:
             source = str(module.anchor_source)
@@ -262,10 +261,8 @@ def model_configs(module: LanguageModule, chat: Chat) -> Models:
 
 
 def _with_room(config: PreTrainedConfig, source: str, chat: Chat) -> PreTrainedConfig:
-    """The config as `start_rows` leaves it: grown to the next multiple of 128 where markers find no free row."""
-    needed = 1 + max(untrained_markers(source, chat), default=-1)
-    if needed > config.vocab_size:
-        config.vocab_size = 128 * math.ceil(needed / 128)
+    """The config as `start_rows` leaves it."""
+    config.vocab_size = head_rows(source, config, chat)
     return config
 
 

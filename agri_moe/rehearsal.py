@@ -266,7 +266,9 @@ def _forward(step: _Step, batch: Batch) -> Tensor:
     module, objective, plan, phase = step.module, step.objective, step.plan, step.ledger.phase
     signal = anchor = None
     if isinstance(module, DistillModule):
-        if objective.uses_teacher:
+        if objective.uses_teacher and module.cache is not None:
+            signal = _as_cached(batch, module.cache.header.vocabulary)
+        elif objective.uses_teacher:
             with phase("teacher's forward pass"):
                 signal = module.teacher.signal(batch, plan.teacher)
         if objective.uses_anchor:
@@ -281,28 +283,34 @@ def _forward(step: _Step, batch: Batch) -> Tensor:
         return torch.stack([out.read, *(term.loss for term in terms.values())]).sum()
 
 
+def _as_cached(batch: Batch, vocabulary: int) -> TeacherSignal:
+    """What `fused_ce_kl` takes a teacher by some of its tokens for: one of width 0."""
+    positions = len(batch["kl_targets"])
+    return TeacherSignal(torch.empty(positions, 0), torch.empty(vocabulary, 0), {}, {})
+
+
 def _reader(step: _Step, signal: TeacherSignal | None) -> Callable[[Tensor, Tensor], Tensor]:
     """What takes the place of `Objective.logit_loss`."""
     objective, setting = step.objective, step.setting
-    taught = signal if objective.uses("kl") else None
+    taught_MD, taught_VD = (signal.hidden_MD, signal.head_VD) if signal and objective.uses("kl") else (None, None)
     tempered = isinstance(objective.kl.temperature, AdaptiveTemperature) or objective.kl.temperature != 1.0
 
     def read(hidden_ND: Tensor, head_VD: Tensor) -> Tensor:
         shape = LossShape(
             rows=len(hidden_ND),
-            taught=0 if taught is None else len(taught.hidden_MD),
+            taught=0 if taught_MD is None else len(taught_MD),
             student=(head_VD.shape[0], head_VD.shape[1]),
-            teacher=(0, 0) if taught is None else (taught.head_VD.shape[0], taught.head_VD.shape[1]),
+            teacher=(0, 0) if taught_VD is None else (taught_VD.shape[0], taught_VD.shape[1]),
             hidden_size=hidden_ND.dtype.itemsize,
             student_size=head_VD.dtype.itemsize,
-            teacher_size=2 if taught is None else taught.head_VD.dtype.itemsize,
+            teacher_size=2 if taught_VD is None else taught_VD.dtype.itemsize,
             operand_size=2 if setting.accelerator and setting.precision.startswith("bf16") else 4,
             tempered=tempered,
         )
         # Inside the student's forward pass, and reported before it.
         with step.ledger.phase("loss"):
             workspace = loss_workspace(shape, accelerator=setting.accelerator)
-            teacher_MD = hidden_ND if taught is None else taught.hidden_MD
+            teacher_MD = hidden_ND if taught_MD is None else taught_MD
             return _Loss.apply(hidden_ND, head_VD, teacher_MD, workspace)
 
     return read

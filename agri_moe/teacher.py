@@ -1,7 +1,7 @@
 """The teacher's answer to a batch.
 
-`OnlineTeacher` runs a frozen model beside the student. What it answers is a `TeacherSignal`, so that another kind of
-teacher (one read from disk) can stand in its place without the objective knowing.
+`OnlineTeacher` runs a frozen model beside the student; `CachedTeacher` reads what one said before from disk. What they
+answer is a `TeacherSignal`, so that either can stand in the other's place without the objective knowing.
 
 Shapes: B batch, T sequence of the student, U sequence of the teacher, M positions with KL, S sampled positions, Q query
 positions of a sequence, G key-value groups, D teacher width, V teacher vocabulary.
@@ -11,12 +11,15 @@ import importlib.util
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from agri_moe.losses import align_attention
+from agri_moe.data.logit_cache import Answers, LogitCache, View, join, row_key, to_arrays
+from agri_moe.losses import SparseTeacher, align_attention
 from agri_moe.models.causal import CausalModel, Reads
 
+Array = np.ndarray[Any, Any]
 Dtype = Literal["float32", "bfloat16", "float16", "float8", "float8_dynamic"]
 
 
@@ -25,9 +28,13 @@ class TeacherConfig:
     """Which teacher, and what it reads.
 
     Args:
-        source: Folder or hub name of a causal language model with the student's tokenizer.
+        source: Folder or hub name of a causal language model with the student's tokenizer. Beside `cache` it is not
+            loaded, and may be left out; if it is there, the cache must be of this model.
+        cache: Folder that the `cache` command wrote: the teacher's answers are read from it. Only `objective.kl` can be
+            asked then, forward and at temperature 1.
         view: What the teacher reads: `same` is the student's own token ids; `native` the row in the teacher's own chat
-            template, thoughts where it puts them; `no_thought` likewise without the thought.
+            template, thoughts where it puts them; `no_thought` likewise without the thought. By default `same`, or what
+            the cache was made with.
         dtype: Type of the teacher's weights in memory; bfloat16 halves them against float32. `float8` halves those of
             the layers' linear maps again (torchao, a scale for each row; the head, which the loss reads, stays in
             bfloat16) and multiplies in bfloat16; `float8_dynamic` also rounds what they are multiplied with and
@@ -36,14 +43,17 @@ class TeacherConfig:
             the teacher reads.
     """
 
-    source: str
-    view: Literal["same", "native", "no_thought"] = "same"
+    source: str | None = None
+    cache: str | None = None
+    view: View | None = None
     dtype: Dtype = "bfloat16"
     min_aligned: float = 0.5
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_aligned <= 1:
             raise ValueError(f"model.teacher.min_aligned must be in [0, 1], not {self.min_aligned}.")
+        if self.source is None and self.cache is None:
+            raise ValueError("model.teacher needs a source (folder or hub name), or a cache that holds its answers.")
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -88,10 +98,11 @@ def _multiplies_float8() -> bool:
 class TeacherSignal(NamedTuple):
     """What the teacher says of one micro-batch, without gradient."""
 
-    hidden_MD: Tensor  # final hidden states at the positions with KL
-    head_VD: Tensor  # the head that turns them into logits
+    hidden_MD: Tensor | None  # final hidden states at the positions with KL
+    head_VD: Tensor | None  # the head that turns them into logits
     layers: dict[int, Tensor]  # layer -> [S, D], the residual stream at the sampled positions
     attention: dict[int, Tensor]  # layer -> [B, G, Q, T], attention over the tokens of the student's sequence
+    sparse: SparseTeacher | None = None  # in place of hidden states and head: some tokens of the distributions
 
 
 class OnlineTeacher:
@@ -134,3 +145,64 @@ class OnlineTeacher:
             out = self.model(batch, positions, lambda hidden, head: (hidden, head), reads)
         hidden_MD, head_VD = out.read
         return TeacherSignal(hidden_MD, head_VD, out.layers, out.attention)
+
+
+class CachedTeacher:
+    """What a teacher said before, read from disk.
+
+    Args:
+        cache: Complete, and checked against the run.
+    """
+
+    def __init__(self, cache: LogitCache):
+        self.cache = cache
+
+    def entries(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The answers at a micro-batch's positions with KL, on the CPU, as tensors that travel with it.
+
+        Args:
+            batch: As `Objective.select` leaves it, on the CPU. Its numbers of rows are not looked at.
+
+        Returns:
+            `cached_ids` [M, K] int32, `cached_probs` [M, K], `cached_entropy` [M] and, unless the answers are samples,
+            `cached_tail` [M], float32.
+
+        Raises:
+            ValueError: If the cache has no answer for one of the positions.
+        """
+        ids, segments, places = (batch[name].flatten().numpy() for name in ("input_ids", "segment_ids", "position_ids"))
+        wanted = batch["positions"][: len(batch["kl_targets"])].numpy()  # ascending, and so row by row
+        row_starts, first = np.unique(wanted - places[wanted], return_index=True)
+        begins = np.append(np.flatnonzero(places == 0), len(places))  # of rows, and of each token of padding
+        ends = begins[np.searchsorted(begins, row_starts, side="right")]
+        answers = [
+            self._read(ids[start:end], segments[start:end], at)
+            for start, end, at in zip(row_starts, ends, np.split(places[wanted], first[1:]), strict=False)
+        ]
+        arrays = to_arrays(join(answers or [Answers.none(self.cache.header.kind)]))
+        found = {"ids": arrays.ids_MK, "probs": arrays.probs_MK, "tail": arrays.tail_M, "entropy": arrays.entropy_M}
+        return {f"cached_{name}": torch.from_numpy(a) for name, a in found.items() if a is not None}
+
+    def _read(self, ids: Array, segments: Array, positions: Array) -> Answers:
+        """The answers at some positions of a row."""
+        row = self.cache.read(row_key(ids, segments))
+        at = np.searchsorted(row.positions_N, positions)
+        if at.max(initial=-1) >= len(row.positions_N) or (row.positions_N[at] != positions).any():
+            raise ValueError(
+                "model.teacher.cache has no answer at some positions of a row where this run asks the teacher: make it "
+                "anew from this run's config with the cache command."
+            )
+        return row.select(at)
+
+    def signal(self, batch: dict[str, Tensor], reads: Reads) -> TeacherSignal:
+        """The teacher's answer at the positions that `Objective.select` has chosen, out of what travelled with them."""
+        assert not reads.layers, "a run that compares residual streams is refused before it begins"
+        assert not reads.attention, "and so is one that compares attention"
+        sparse = SparseTeacher(
+            batch["cached_ids"].long(),
+            batch["cached_probs"],
+            batch.get("cached_tail"),
+            batch["cached_entropy"],
+            self.cache.header.vocabulary,
+        )
+        return TeacherSignal(None, None, {}, {}, sparse)

@@ -39,6 +39,7 @@ from agri_moe.data.packing import SEGMENTS, PackedRow, StepTotals, collate, coun
 from agri_moe.models.base import parameter_counts
 from agri_moe.models.distill import DistillModule
 from agri_moe.objective import Batch
+from agri_moe.teacher import OnlineTeacher
 
 BASE: dict[str, Any] = {"ce": {"weight": 1.0}, "kl": {"weight": 1.0}}
 CKA: dict[str, Any] = {"cka": {"weight": 0.1}}
@@ -221,7 +222,9 @@ def run(folder: Path, arguments: argparse.Namespace) -> None:
         problem.add(name)
     rows = summary(time_all(problem, names, arguments.repeats), memory)
     total, active, _ = parameter_counts(problem.modules[REFERENCE].model)
-    teacher, _, _ = parameter_counts(problem.modules[REFERENCE].teacher.model)
+    online = problem.modules[REFERENCE].teacher
+    assert isinstance(online, OnlineTeacher), "no cache is named"
+    teacher, _, _ = parameter_counts(online.model)
     real = int((problem.batch["segment_ids"] != Segment.PAD).sum())
     supervised = int((problem.batch["target_segments"] >= Segment.THOUGHT).sum())
     print(f"{processor()} ({platform.system()}), {torch.get_num_threads()} threads, torch {torch.__version__}, float32")

@@ -35,6 +35,7 @@ from agri_moe.models.distill import DistillModule
 from agri_moe.objective import Batch
 from agri_moe.planning import Planner, Run
 from agri_moe.rehearsal import Rows
+from agri_moe.teacher import OnlineTeacher
 
 CASES = [(precision, again) for precision in ("32-true", "bf16-mixed") for again in (False, True)]
 WIDTH, LAYERS, TEACHER_WIDTH, TEACHER_LAYERS = 256, 6, 384, 8
@@ -128,6 +129,7 @@ def measured(folder: Path, batch: Batch, precision: str, checkpointing: bool, de
     module._trainer = stub
     module.configure_model()
     module.to(device)
+    assert isinstance(module.teacher, OnlineTeacher), "no cache is named"
     for model in (module.model, module.teacher.model):
         for parameter in model.parameters():  # weights that are mapped from a file count as held only once read
             parameter.data = parameter.data.clone()

@@ -27,6 +27,7 @@ def test_there_are_configs():
         "on_policy.yaml",
         "sequence_level.yaml",
         "many_nodes.yaml",
+        "distill_cached.yaml",
     }
 
 

@@ -25,6 +25,7 @@ from agri_moe.models.attention import capture_attention, check_readable, unreada
 from agri_moe.models.base import LanguageModule
 from agri_moe.models.causal import CausalModel
 from agri_moe.models.distill import DistillModule
+from agri_moe.teacher import OnlineTeacher
 
 MAP_QUERIES = 32  # lines of the heat map at most
 
@@ -143,9 +144,9 @@ class AttentionMonitor(lightning.Callback):
             attention_QT = attention[-1][b, :, self.queries :].mean(0).cpu()
             self._row = _cut_out(attention_QT, asked_BQ[b, self.queries :], row, on_cpu["segment_ids"][b])
         if isinstance(module, DistillModule) and module.uses_teacher and "teacher_input_ids" not in batch:
-            teacher = module.teacher.model
-            if unreadable(teacher.hf) is None:
-                self._teacher.append(_shares(attention_of(teacher, batch, queries_BQ), batch, self.queries))
+            teacher = module.teacher
+            if isinstance(teacher, OnlineTeacher) and unreadable(teacher.model.hf) is None:
+                self._teacher.append(_shares(attention_of(teacher.model, batch, queries_BQ), batch, self.queries))
 
     def _forget(self) -> None:
         self._student, self._teacher, self._row = [], [], None

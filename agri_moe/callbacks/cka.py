@@ -17,6 +17,7 @@ from agri_moe.callbacks.figures import log_figure, run_folder
 from agri_moe.metrics import CKAMatrix
 from agri_moe.models.causal import CausalModel, Reads
 from agri_moe.models.distill import DistillModule
+from agri_moe.teacher import OnlineTeacher
 
 
 class CKAMonitor(lightning.Callback):
@@ -36,11 +37,11 @@ class CKAMonitor(lightning.Callback):
         self._matrix: CKAMatrix | None = None
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Refuse a module that has no teacher."""
-        if not isinstance(pl_module, DistillModule) or not pl_module.uses_teacher:
+        """Refuse a module that has no teacher, or none with layers."""
+        if not isinstance(pl_module, DistillModule) or not pl_module.uses_teacher or pl_module.cache is not None:
             raise ValueError(
-                "CKAMonitor compares with a teacher, which only DistillModule has, where the objective asks it; "
-                "take it out of trainer.callbacks."
+                "CKAMonitor compares with a teacher, which only DistillModule has, where the objective asks it and it "
+                "is not read from model.teacher.cache; take it out of trainer.callbacks."
             )
 
     def on_validation_batch_end(
@@ -57,6 +58,7 @@ class CKAMonitor(lightning.Callback):
             return
         assert isinstance(pl_module, DistillModule)
         student, teacher = pl_module.model, pl_module.teacher
+        assert isinstance(teacher, OnlineTeacher), "checked in setup"
         if self._matrix is None:
             self._matrix = CKAMatrix(student.num_layers, teacher.model.num_layers).to(pl_module.device)
         streams = teacher.signal(batch, Reads(layers=range(teacher.model.num_layers))).layers

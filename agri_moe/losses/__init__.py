@@ -8,8 +8,17 @@ are.
 from agri_moe.losses.attention import align_attention, attention_distance, attention_mass, uniform_head_map
 from agri_moe.losses.cka import MinibatchHSIC, cka_from_hsic, cka_matrix, expert_similarity, linear_cka, minibatch_hsic
 from agri_moe.losses.hidden import hidden_distance
-from agri_moe.losses.logits import CHUNK_SIZE, Divergence, LogitLoss, TokenStatistics, fused_ce_kl, token_statistics
+from agri_moe.losses.logits import (
+    CHUNK_SIZE,
+    Divergence,
+    LogitLoss,
+    TokenStatistics,
+    fused_ce_kl,
+    log_probabilities,
+    token_statistics,
+)
 from agri_moe.losses.routing import Routing, balance_loss, routing
+from agri_moe.losses.sparse import SparseTeacher, entropy, most_probable, sampled_counts
 
 __all__ = [
     "CHUNK_SIZE",
@@ -17,6 +26,7 @@ __all__ = [
     "LogitLoss",
     "MinibatchHSIC",
     "Routing",
+    "SparseTeacher",
     "TokenStatistics",
     "align_attention",
     "attention_distance",
@@ -24,12 +34,16 @@ __all__ = [
     "balance_loss",
     "cka_from_hsic",
     "cka_matrix",
+    "entropy",
     "expert_similarity",
     "fused_ce_kl",
     "hidden_distance",
     "linear_cka",
+    "log_probabilities",
     "minibatch_hsic",
+    "most_probable",
     "routing",
+    "sampled_counts",
     "token_statistics",
     "uniform_head_map",
 ]

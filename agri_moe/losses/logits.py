@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from agri_moe.losses.sparse import SparseTeacher, sparse_kl
+
 # Rows whose logits are held at a time. The three constants were measured with the shapes of
 # benchmarks/loss_step.py on one thread of an AMD EPYC (Zen 4): 256 rows save 2% of the time.
 CHUNK_SIZE = 128
@@ -42,6 +44,7 @@ def fused_ce_kl(
     targets_N: Tensor,
     teacher_hidden_MD: Tensor | None = None,
     teacher_head_VD: Tensor | None = None,
+    sparse_teacher: SparseTeacher | None = None,
     *,
     ce_scale: float | Tensor,
     kl_scale: float | Tensor = 0.0,
@@ -71,6 +74,8 @@ def fused_ce_kl(
         targets_N: [N] int64 next-token ids in [0, V). There is no ignore index: pass supervised rows only.
         teacher_hidden_MD: [M, D_t] teacher hidden states of the *first* M rows, or None for M = 0.
         teacher_head_VD: [V_t, D_t] teacher head weights; both or neither. The teacher gets no gradient.
+        sparse_teacher: in place of these two, some tokens of the teacher's distributions of the first M rows; then the
+            divergence is `sparse_kl`'s, forward and at temperature 1.
         ce_scale: factor of the cross-entropy sum, a float, a 0-d tensor, or [N], one for each row; a constant to
             autograd.
         kl_scale: factor of the divergence's sum, a float or a 0-d tensor. A *float* 0 skips the work that only a
@@ -95,18 +100,31 @@ def fused_ce_kl(
     gradient again.
 
     Raises:
-        ValueError: shapes that do not fit, only half a teacher, more teacher rows than student rows, an
-            unknown divergence, or beta outside (0, 1).
+        ValueError: shapes that do not fit, only half a teacher or two, more teacher rows than student rows, an
+            unknown divergence, beta outside (0, 1), or a sparse teacher with another divergence or temperature.
     """
     if divergence not in _DIVERGENCES or not 0 < beta < 1:
         raise ValueError(f"divergence {divergence!r} is not one of {', '.join(_DIVERGENCES)} with beta in (0, 1)")
     if isinstance(ce_scale, Tensor) and ce_scale.ndim and ce_scale.shape != hidden_ND.shape[:1]:
         raise ValueError(f"ce_scale {tuple(ce_scale.shape)} is neither a number nor one for each row")
+    if sparse_teacher is not None:
+        if (
+            teacher_hidden_MD is not None
+            or divergence != "forward"
+            or isinstance(temperature, Tensor)
+            or temperature != 1
+        ):
+            raise ValueError("a sparse teacher stands alone, with the forward divergence at temperature 1")
+        sparse_teacher.check(len(hidden_ND))
+        # To all that follows, one of width 0: its logits are a buffer that `sparse_kl` leaves the gradient in.
+        teacher_hidden_MD = hidden_ND.new_empty(len(sparse_teacher.ids_MK), 0)
+        teacher_head_VD = head_VD.new_empty(sparse_teacher.vocabulary, 0)
     teacher_hidden_MD, teacher_head_VD = _check_rows(
         hidden_ND, head_VD, targets_N, teacher_hidden_MD, teacher_head_VD, chunk_size
     )
     rows = _Rows(hidden_ND, head_VD, targets_N, teacher_hidden_MD, teacher_head_VD)
     settings = _Settings(
+        sparse_teacher=sparse_teacher,
         ce_scale=_constant(ce_scale),
         kl_scale=_constant(kl_scale),
         temperature=_constant(temperature),
@@ -138,10 +156,16 @@ def token_statistics(
     targets_N: Tensor,
     teacher_hidden_MD: Tensor | None = None,
     teacher_head_VD: Tensor | None = None,
+    sparse_teacher: SparseTeacher | None = None,
     *,
     chunk_size: int = CHUNK_SIZE,
 ) -> TokenStatistics:
-    """Per-token numbers for validation, chunked and without gradient; arguments as in `fused_ce_kl`."""
+    """Per-token numbers for validation, chunked and without gradient; arguments as in `fused_ce_kl`.
+
+    The first token of a sparse teacher is its most probable one.
+    """
+    if sparse_teacher is not None:
+        return _sparse_statistics(hidden_ND, head_VD, targets_N, sparse_teacher, chunk_size)
     teacher_hidden_MD, teacher_head_VD = _check_rows(
         hidden_ND, head_VD, targets_N, teacher_hidden_MD, teacher_head_VD, chunk_size
     )
@@ -166,6 +190,43 @@ def token_statistics(
                     entropy_M[span] = -(qt_RW * log_qt_RW).sum(-1)
                     agree_M[span] = log_qs_RW.argmax(-1) == log_qt_RW.argmax(-1)
     return TokenStatistics(nll_N.float(), kl_M.float(), agree_M, entropy_M.float())
+
+
+@torch.no_grad()
+def log_probabilities(hidden_ND: Tensor, head_WD: Tensor, *, chunk_size: int = CHUNK_SIZE) -> Iterator[Tensor]:
+    """Log-probabilities of a head, [R, W] for `chunk_size` rows at a time; dtypes and numerics as in `fused_ce_kl`.
+
+    Args:
+        hidden_ND: [N, D] hidden states after the final norm.
+        head_WD: [W, D] head weights, or its first W rows.
+        chunk_size: Rows at a time; memory is about 8 * chunk_size * W bytes.
+    """
+    nobody = _Rows(hidden_ND, head_WD, hidden_ND, hidden_ND[:0], head_WD)
+    for chunk in _chunks(nobody.cast(nobody.operand_dtype), chunk_size, nobody.result_dtype):
+        yield chunk.student.log_softmax(-1)
+
+
+def _sparse_statistics(
+    hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, sparse: SparseTeacher, chunk_size: int
+) -> TokenStatistics:
+    sparse.check(len(hidden_ND))
+    teacher = _check_rows(hidden_ND, head_VD, targets_N, None, None, chunk_size)
+    rows = _Rows(hidden_ND, head_VD, targets_N, *teacher)
+    m, dtype = len(sparse.ids_MK), rows.result_dtype
+    width = min(len(head_VD), sparse.vocabulary)
+    nll_N = hidden_ND.new_empty(len(hidden_ND), dtype=dtype)
+    kl_M, agree_M = hidden_ND.new_empty(m, dtype=dtype), hidden_ND.new_empty(m, dtype=torch.bool)
+    with torch.autocast(hidden_ND.device.type, enabled=False):
+        for chunk in _chunks(rows.cast(rows.operand_dtype), chunk_size, dtype):
+            for span, student_RV, _ in chunk.blocks():
+                log_p_RV = student_RV.log_softmax(-1)
+                nll_N[span] = -log_p_RV.gather(1, targets_N[span, None]).squeeze(1)
+                taught = slice(span.start, min(span.stop, m))
+                if (count := taught.stop - taught.start) > 0:
+                    some, spare_RW = sparse.rows(taught), torch.empty_like(log_p_RV[:count, :width])
+                    kl_M[taught] = sparse_kl(log_p_RV[:count], some, spare_RW, spare_RW, differentiate=False)
+                    agree_M[taught] = log_p_RV[:count, :width].argmax(-1) == some.ids_MK[:, 0]
+    return TokenStatistics(nll_N.float(), kl_M.float(), agree_M, sparse.entropy_M.float())
 
 
 def _check_rows(
@@ -300,8 +361,9 @@ def _add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 class _Settings(NamedTuple):
-    """Everything of a `fused_ce_kl` call that is not one of its rows."""
+    """Everything of a `fused_ce_kl` call that autograd need not know of."""
 
+    sparse_teacher: SparseTeacher | None
     ce_scale: float | Tensor
     kl_scale: float | Tensor
     temperature: float | Tensor
@@ -358,6 +420,7 @@ def _block(
     student_RV: Tensor,
     targets_R: Tensor,
     teacher_RW: Tensor | None,
+    sparse: SparseTeacher | None,
     settings: _Settings,
     ce_scale: float | Tensor,
     scratch: _Scratch,
@@ -377,7 +440,13 @@ def _block(
     if smoothing:
         ce_R -= log_p_RV.sum(-1) * share
     kl_R = entropy_R = None
-    if teacher_RW is not None:
+    if teacher_RW is not None and sparse is not None:
+        entropy_R, spare_RW = sparse.entropy_M, scratch("log_qt", teacher_RW)
+        taught = differentiate and settings.with_kl
+        kl_R = sparse_kl(log_p_RV, sparse, teacher_RW, spare_RW, differentiate=taught)
+        if taught:
+            teacher_RW.mul_(settings.kl_scale)
+    elif teacher_RW is not None:
         if settings.with_entropy:
             entropy_R = _entropy(teacher_RW, scratch)
         kl_R = _kl(student_RV, log_p_RV, teacher_RW, settings, scratch, differentiate and settings.with_kl)
@@ -509,8 +578,10 @@ def _sums_and_gradients(rows: _Rows, settings: _Settings, needs: tuple[bool, boo
     grad_head_VD: Tensor | None = None
     for chunk in _chunks(operands, settings.chunk_size, dtype):
         for span, student_RV, teacher_RW in chunk.blocks():
-            scale = settings.ce_scale_of(span)
-            block = _block(student_RV, rows.targets_N[span], teacher_RW, settings, scale, scratch, any(needs))
+            scale, sparse = settings.ce_scale_of(span), settings.sparse_teacher
+            if sparse is not None and teacher_RW is not None:
+                sparse = sparse.rows(span)
+            block = _block(student_RV, rows.targets_N[span], teacher_RW, sparse, settings, scale, scratch, any(needs))
             ce_N[span] = block.ce_R
             if block.kl_R is not None:
                 kl_M[span] = block.kl_R

@@ -571,6 +571,7 @@ class LanguageModule(lightning.LightningModule, ABC):
             targets_N=batch["targets"],
             teacher_hidden_MD=signal.hidden_MD if signal else None,
             teacher_head_VD=signal.head_VD if signal else None,
+            sparse_teacher=signal.sparse if signal else None,
         )
         out = self.model(batch, batch["positions"], read, self.plan.student)
         self.val_loss.update(out.read.nll_N, batch["segments"])

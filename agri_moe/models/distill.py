@@ -1,5 +1,6 @@
 """Distil a frozen teacher into a sparse student."""
 
+import math
 from functools import cached_property
 from typing import Any
 
@@ -10,6 +11,15 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from agri_moe.data.chat import Chat
 from agri_moe.data.chat_data import ChatDataModule
+from agri_moe.data.logit_cache import (
+    KEY,
+    TOKENIZER,
+    LogitCache,
+    row_keys,
+    teacher_fingerprint,
+    template_fingerprint,
+    tokenizer_fingerprint,
+)
 from agri_moe.data.teacher_view import TeacherView
 from agri_moe.losses.attention import check_head_map
 from agri_moe.models.attention import check_readable
@@ -17,11 +27,11 @@ from agri_moe.models.base import LanguageModule
 from agri_moe.models.causal import CausalModel
 from agri_moe.models.checkpoint_files import load_config
 from agri_moe.models.sharding import shard_frozen
-from agri_moe.models.source import ModelConfig, StudentConfig, check_vocabulary
+from agri_moe.models.source import ModelConfig, StudentConfig, check_vocabulary, untrained_markers
 from agri_moe.models.upcycle import is_moe
 from agri_moe.objective import Batch, Objective, Plan
 from agri_moe.on_policy import OnPolicy, Sampled, check_on_policy, is_on_policy, sample_batch
-from agri_moe.teacher import OnlineTeacher, TeacherConfig, TeacherSignal
+from agri_moe.teacher import CachedTeacher, OnlineTeacher, TeacherConfig, TeacherSignal
 
 TEACHER = "model.teacher.source"
 ANCHOR = "model.anchor"
@@ -34,7 +44,7 @@ class DistillModule(LanguageModule):
 
     Args:
         student: The model to train; a dense source is upcycled on the fly.
-        teacher: The model to learn from; may be left out if no term needs it.
+        teacher: The model to learn from, or its answers on disk; may be left out if no term needs it.
         anchor: Folder or hub name of the dense model that the objective's anchor terms compare with; by default the
             student's source, where that is dense.
         on_policy: On which share of the steps the student's own text takes the place of the rows, and how it is
@@ -43,7 +53,7 @@ class DistillModule(LanguageModule):
     """
 
     model_key = "model.student"
-    teacher: OnlineTeacher
+    teacher: OnlineTeacher | CachedTeacher
     anchor: OnlineTeacher
 
     def __init__(
@@ -66,7 +76,9 @@ class DistillModule(LanguageModule):
         if not self.uses_teacher and not self.uses_anchor:
             raise ValueError("model.objective has no term with a teacher: set kl.weight or cka.weight above 0.")
         if self.uses_teacher and teacher is None:
-            raise ValueError("model.teacher is missing: the objective has terms with a teacher; give its source.")
+            raise ValueError(
+                "model.teacher is missing: the objective has terms with a teacher; give its source, or a cache."
+            )
         if self.on_policy.share > 0 and not all(objective.uses("kl") for objective in self.objectives):
             raise ValueError("model.on_policy.share needs objective.kl.weight above 0: nothing else scores its text.")
 
@@ -82,11 +94,11 @@ class DistillModule(LanguageModule):
         super().check(chat)
         student = self.model_config.hf_config(self.model_key, chat)
         others = []
-        if self.teacher_config is not None:
+        if self.cache is not None:
+            self._check_cache(self.cache, chat)
+        elif self.teacher_config is not None and self.teacher_config.source is not None:
             others.append((self.teacher_config.source, TEACHER))
             self.teacher_config.check()
-            if self.teacher_view is not None:
-                self.teacher_view.check()
         if self.uses_anchor:
             if self.anchor_source is None:
                 raise ValueError(
@@ -105,8 +117,31 @@ class DistillModule(LanguageModule):
                 wrong = str(error)
             # Not inside the handler: what the user is shown is the innermost error, which does not name the stage.
             raise ValueError(wrong if self.stage_config is None else f"{stage.key}: {wrong}")
+        if self.cache is not None:
+            self.cache.verify()
+        if self.teacher_view is not None:  # of a cache, it stands in one of the files
+            self.teacher_view.check()
+
+    def _check_cache(self, cache: LogitCache, chat: Chat) -> None:
+        """Refuse a cache that is not of this run's teacher, tokenizer, template, view and vocabulary."""
+        assert self.teacher_config is not None, "it names the cache"
+        if self.on_policy.share > 0:
+            raise ValueError(f"model.on_policy.share needs a teacher that answers anew; set it to 0, or drop {KEY}.")
+        expected = {"template": template_fingerprint(chat), "tokenizer": tokenizer_fingerprint(chat)}
+        if self.teacher_config.view is not None:
+            expected["view"] = self.teacher_config.view
+        if self.teacher_config.source is not None:
+            expected["teacher"] = teacher_fingerprint(self.teacher_config.source)
+        cache.check(**expected)
+        if (vocabulary := self.vocabulary(chat)) < cache.header.vocabulary:
+            raise ValueError(
+                f"{KEY}: {cache.folder} was made with another vocabulary ({cache.header.vocabulary:,} tokens; this "
+                f"run's student has {vocabulary:,}): make it anew from this run's config with the cache command."
+            )
 
     def _check_maps(self, objective: Objective, student: PreTrainedConfig) -> None:
+        if self.cache is not None:
+            objective.check_offline(self.cache.header.segments)
         objective.plan(student.num_hidden_layers, self.teacher_layers)
         if not objective.uses("attention"):
             return
@@ -131,22 +166,37 @@ class DistillModule(LanguageModule):
                 )
 
     @cached_property
+    def cache(self) -> LogitCache | None:
+        """The teacher's answers on disk, if those take its place."""
+        config = self.teacher_config
+        return LogitCache(config.cache) if config is not None and config.cache and self.uses_teacher else None
+
+    def vocabulary(self, chat: Chat) -> int:
+        """Rows of the student's head, with those of new markers."""
+        return head_rows(self.student_config.source, self.model_config.hf_config(self.model_key, chat), chat)
+
+    @cached_property
     def teacher_view(self) -> TeacherView | None:
         """How the teacher reads a row, for the data module; None if it reads the student's ids."""
         config = self.teacher_config
-        if config is None or config.view == "same" or not self.uses_teacher:
+        if config is None or not self.uses_teacher:
             return None
-        return TeacherView(config.source, config.view, config.min_aligned)
+        view = config.view if self.cache is None else self.cache.header.view
+        if view is None or view == "same":
+            return None
+        # The teacher itself may be out of reach of a run that reads a cache: its tokenizer lies there.
+        source = str(config.source) if self.cache is None else str(self.cache.folder / TOKENIZER)
+        return TeacherView(source, view, config.min_aligned)
 
     @property
     def _teacher_hf_config(self) -> PreTrainedConfig:
         assert self.teacher_config is not None, "checked when the module was made"
-        return load_config(self.teacher_config.source, TEACHER)
+        return load_config(str(self.teacher_config.source), TEACHER)
 
     @property
     def teacher_layers(self) -> int:
-        """Layers of the teacher; 0 without one."""
-        return self._teacher_hf_config.num_hidden_layers if self.uses_teacher else 0
+        """Layers of the teacher; 0 without one that has any."""
+        return self._teacher_hf_config.num_hidden_layers if self.uses_teacher and self.cache is None else 0
 
     def projections(self, student: PreTrainedConfig) -> dict[tuple[int, int], int]:
         """A projection for each pair of layers that the hidden term compares, where the widths differ."""
@@ -164,7 +214,7 @@ class DistillModule(LanguageModule):
         self._own_plans = [own.plan(self.model.num_layers, self.teacher_layers) for own in self._own_words]
 
     def setup(self, stage: str) -> None:
-        """Refuse on-policy steps where the student cannot write."""
+        """Refuse on-policy steps where the student cannot write, and rows that a cached teacher was not asked about."""
         super().setup(stage)
         if self.device_mesh is not None and self.teacher_config and self.teacher_config.quantization() is not None:
             raise ValueError(
@@ -175,6 +225,13 @@ class DistillModule(LanguageModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if self.on_policy.share > 0 and not isinstance(data, ChatDataModule):
             raise ValueError("model.on_policy needs prompts to answer, which only ChatDataModule has; set share: 0.")
+        if self.cache is None or stage == "predict":
+            return
+        splits = {"fit": ["validation"], "validate": ["validation"]}.get(stage, ["test"])
+        if stage == "fit" and not getattr(data, "streaming", False):  # streamed rows are looked for as they come
+            splits.append("train")
+        for split in splits:
+            self.cache.check_rows(row_keys(data.rows(split).table), f"data.{split}")
 
     def configure_model(self) -> None:
         """Load student, teacher and anchor."""
@@ -185,9 +242,14 @@ class DistillModule(LanguageModule):
         # Past nn.Module's own __setattr__: as submodules they would be saved, trained and moved with us.
         teacher = self.teacher_config
         dtype = teacher.torch_dtype if teacher else torch.bfloat16
-        if self.uses_teacher:
+        if self.cache is not None:
+            self.teacher = CachedTeacher(self.cache)
+            rank_zero_info(
+                f"Teacher: {len(self.cache):,} rows of {self.cache.header.teacher_source} in {self.cache.folder}."
+            )
+        elif self.uses_teacher:
             assert teacher is not None, "checked when the module was made"
-            frozen = self._load_frozen(teacher.source, dtype, "Teacher", teacher.quantization())
+            frozen = self._load_frozen(str(teacher.source), dtype, "Teacher", teacher.quantization())
             object.__setattr__(self, "teacher", frozen)
         if self.uses_anchor:
             object.__setattr__(self, "anchor", self._load_frozen(str(self.anchor_source), dtype, "Anchor"))
@@ -234,10 +296,14 @@ class DistillModule(LanguageModule):
         return self._own_plans[self.stage_index] if self.writes else super().plan
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """On an on-policy step, let the student write the micro-batch; then choose positions."""
+        """On an on-policy step, let the student write the micro-batch; choose positions, and read a cache there."""
         if self.writes:
             batch = self._write(batch)
-        return super().on_before_batch_transfer(batch, dataloader_idx)
+        batch = super().on_before_batch_transfer(batch, dataloader_idx)
+        if self.cache is not None and isinstance(batch, dict) and self.objective.uses_teacher:
+            assert isinstance(self.teacher, CachedTeacher), "as `configure_model` made it"
+            batch |= self.teacher.entries(batch)
+        return batch
 
     def _write(self, batch: Batch) -> Batch:
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -289,3 +355,10 @@ class DistillModule(LanguageModule):
         share = getattr(self.trainer.datamodule, "aligned_share", None)  # type: ignore[attr-defined]
         if share is not None:
             self.log("val/aligned", share)
+
+
+def head_rows(source: str | None, config: PreTrainedConfig, chat: Chat) -> int:
+    """Rows of a model's head once `start_rows` has given it those of new markers."""
+    last = max(untrained_markers(source, chat), default=0) if source else 0
+    size: int = config.vocab_size
+    return size if last < size else 128 * math.ceil((last + 1) / 128)

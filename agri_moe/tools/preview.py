@@ -79,7 +79,7 @@ def _teacher_view(path: str) -> "TeacherView | None":
     section = _section(path, "model")
     arguments = section.get("init_args", section) if isinstance(section, dict) else {}
     teacher = (arguments or {}).get("teacher")
-    if not isinstance(teacher, dict) or teacher.get("view", "same") == "same":
+    if not isinstance(teacher, dict) or (teacher.get("view") or "same") == "same":
         return None
     if not teacher.get("source"):
         raise ValueError(f"config {path}: model.teacher.view {teacher['view']} needs model.teacher.source.")
