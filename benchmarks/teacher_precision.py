@@ -48,6 +48,15 @@ def compare(reference: CausalModel, other: CausalModel, rows: list[dict[str, np.
     return [kl.mean().item(), torch.cat([one.agree_M for one in seen]).float().mean().item()]
 
 
+def megabytes(model: CausalModel) -> float:
+    """Of the weights; a float8 tensor gives itself out for one of bfloat16."""
+    size = 0
+    for weight in model.parameters():
+        parts = weight.__tensor_flatten__()[0] if hasattr(weight, "__tensor_flatten__") else []
+        size += sum(getattr(weight, part).nbytes for part in parts) if parts else weight.nbytes
+    return size / 1e6
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", required=True, help="a Hugging Face folder")
@@ -79,7 +88,7 @@ def main() -> None:
             continue
         model = load(config, data, arguments.device)
         kl, agreement = compare(reference, model, rows, arguments.device)
-        found.append([dtype, f"{kl:.6f}", f"{agreement:.2%}", f"{model.hf.get_memory_footprint() / 1e6:,.1f}"])
+        found.append([dtype, f"{kl:.6f}", f"{agreement:.2%}", f"{megabytes(model):,.1f}"])
     text = [table(["type", "KL", "agreement", "MB"], found), *(f"Left out: {reason}" for reason in left_out)]
     report("teacher_precision", "\n".join(text), {"rows": found, "teacher": arguments.teacher}, arguments.device)
 
