@@ -3,11 +3,11 @@
     python benchmarks/plan.py [--tokens 2048] [--vocabulary 151936] [--device cpu] [--output plan.json]
 
 For each precision, with and without gradient checkpointing, a process of its own loads a teacher of 8 layers of 384 and
-a student of 6 layers of 256 with 8 experts (random weights), and makes optimizer steps as Lightning makes them: forward
-pass, gradients of the step before cleared, backward pass, AdamW. On a CPU, held is the resident size (Linux's /proc,
-with a malloc that gives memory back at once); on a GPU, what PyTorch's allocator has given out. `weights` is measured
-when the models are there, `rest` when a step is over (gradients and moments), `peak` is the highest of the second step;
-all above what was held before the models.
+a student of 6 layers of 256 with 8 experts (random weights), and makes optimizer steps as `fit` makes them: forward
+pass, backward pass, AdamW, gradients cleared. On a CPU, held is the resident size (Linux's /proc, with a malloc that
+gives memory back at once, and without oneDNN's cache of kernels, which under bfloat16 keeps some 100 MB more whatever
+the model); on a GPU, what PyTorch's allocator has given out. `weights` is measured when the models are there, `rest`
+when a step is over (moments), `peak` is the highest of the second step; all above what was held before the models.
 """
 
 import argparse
@@ -39,6 +39,9 @@ from agri_moe.teacher import OnlineTeacher
 
 CASES = [(precision, again) for precision in ("32-true", "bf16-mixed") for again in (False, True)]
 WIDTH, LAYERS, TEACHER_WIDTH, TEACHER_LAYERS = 256, 6, 384, 8
+
+
+NO_CACHE = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0"}
 
 
 class Held(NamedTuple):
@@ -79,7 +82,7 @@ def planned(folder: Path, batch: Batch, precision: Any, checkpointing: bool, acc
     memory = planner.memory(0, run, read_rows(batch), checkpointing=checkpointing)
     size = {part.name: part.bytes for part in memory.parts}
     weights = size["teacher: weights"] + size["student: weights"]
-    rest = size["gradients"] + size["optimizer: two moments"]
+    rest = size["optimizer: moments"]
     student = planner.student(0)
     parameters = (student.total, student.active, student.pieces.trained)
     return Held(weights, rest, memory.peak - size.get("CUDA's own, assumed", 0), parameters)
@@ -156,7 +159,7 @@ def step(module: Any, batch: Batch, optimizer: torch.optim.Optimizer, precision:
 def apart(folder: Path, case: str) -> Held:
     """`measured` in a fresh process."""
     command = [sys.executable, *sys.argv, "--measure", case, "--models", str(folder)]
-    done = subprocess.run(command, env=os.environ | EXACT, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=os.environ | EXACT | NO_CACHE, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr)
     weights, rest, peak, parameters = json.loads(done.stdout.splitlines()[-1])
