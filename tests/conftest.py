@@ -144,3 +144,15 @@ def distill_config(tmp_path: Path, corpus: Path, dense: Path, teacher: Path) -> 
     path = tmp_path / "distill.yaml"
     path.write_text(yaml.safe_dump(config, allow_unicode=True))
     return path
+
+
+@pytest.fixture
+def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail if any weights are loaded."""
+
+    def loaded(*_args: Any, **_kwargs: Any) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", loaded)
+    monkeypatch.setattr("transformers.modeling_utils.PreTrainedModel.from_pretrained", loaded)
+    monkeypatch.setattr("agri_moe.models.source.load_upcycled", loaded)

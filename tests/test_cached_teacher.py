@@ -207,17 +207,6 @@ def test_two_processes_write_what_one_does(config, tmp_path):
 # ---------------------------------------------------------------------- refused
 
 
-@pytest.fixture
-def no_models(monkeypatch):
-    """Fail if any weights are loaded."""
-
-    def fail(*args, **kwargs):
-        raise AssertionError("weights were loaded")
-
-    monkeypatch.setattr("transformers.modeling_utils.PreTrainedModel.from_pretrained", fail)
-    monkeypatch.setattr("agri_moe.models.source.load_upcycled", fail)
-
-
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory, corpus, dense, teacher):
     """A cache in the teacher's own view, which the tests copy or only read."""

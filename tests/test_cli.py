@@ -74,17 +74,6 @@ def test_unknown_command_is_named(capsys):
 # ---------------------------------------------------------------------- bad input: one sentence, before any model
 
 
-@pytest.fixture
-def no_models(monkeypatch):
-    """Fail if any weights are loaded."""
-
-    def loaded(*_args, **_kwargs):
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", loaded)
-    monkeypatch.setattr("agri_moe.models.source.load_upcycled", loaded)
-
-
 def changed(config: Path, table: Path, column: str, values: list | None) -> Path:
     """A copy of a Parquet file with a column replaced, or left out."""
     rows = pq.read_table(table)

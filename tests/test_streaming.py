@@ -6,8 +6,6 @@ import io
 import json
 import os
 import re
-import socket
-import subprocess
 import sys
 import threading
 from collections import Counter
@@ -23,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from ranks import run_ranks
 from test_packing import check_epoch, fake_trainer, made_row, made_rows, stream_of, write_numbers
 from tiny import write_tokenizer
 
@@ -573,25 +572,7 @@ def train(folder: Path, ranks: int, data: dict[str, Any], out: str, save: str = 
             patch.setattr(sys, "argv", ["train", json.dumps(options)])
             exec(RANK, {})
         return [json.loads((folder / f"{out}.0").read_text())]
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, json.dumps(options)],
-            env=os.environ
-            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GROUP_RANK": "0"}
-            | {"TORCHELASTIC_RUN_ID": "test", "PYTHONPATH": str(Path(__file__).parents[1])},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    for process in started:
-        output, _ = process.communicate(timeout=240)
-        assert process.returncode == 0, output[-3000:]
+    run_ranks(["-c", RANK, json.dumps(options)], ranks)
     return [json.loads((folder / f"{out}.{rank}").read_text()) for rank in range(ranks)]
 
 

@@ -1,10 +1,6 @@
 """Two CPU processes with gloo: the same losses as one, data-parallel and sharded, from each other's checkpoints too."""
 
 import copy
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +10,7 @@ import torch
 import yaml
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
+from tests.ranks import run_ranks
 from tests.test_cli import scalars
 
 ROOT = Path(__file__).parents[1]
@@ -27,27 +24,9 @@ def sharded(ranks: int) -> dict[str, Any]:
 
 
 def launch(config: Path, *args: str, size: int = 2) -> None:
-    """Start the ranks as torchrun would."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    """Run `fit` on so many ranks."""
     code = "import torch; torch.set_num_threads(1); from agri_moe.cli import main; main()"
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, "fit", "--config", str(config), *args],
-            env=os.environ
-            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
-            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GROUP_RANK": "0"}
-            | {"TORCHELASTIC_RUN_ID": "test", "PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(size)
-    ]
-    for rank in ranks:
-        output, _ = rank.communicate(timeout=240)
-        assert rank.returncode == 0, output[-3000:]
+    run_ranks(["-c", code, "fit", "--config", str(config), *args], size)
 
 
 def write(path: Path, config: dict[str, Any], tokens: int, **trainer: Any) -> Path:
