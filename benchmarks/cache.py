@@ -15,7 +15,6 @@ shuffled bytes. DistillKit's numbers are those that it publishes, for 50 logits 
 import argparse
 import json
 import platform
-import resource
 import shutil
 import statistics
 import subprocess
@@ -32,6 +31,7 @@ import pyarrow.parquet as pq
 import torch
 import yaml
 from loss_step import processor
+from measure import forget_peak, resident_mb
 from real_rows import DATA, fit, qwen3
 
 from agri_moe.cli import main
@@ -48,7 +48,7 @@ PUBLISHED = {"DistillKit, published": 114.0, "DistillKit, published, uncompresse
 
 
 class StepTimer(lightning.Callback):
-    """Writes down the seconds from step to step and the process's peak memory.
+    """Writes down the seconds from step to step and the process's peak memory after the first.
 
     Args:
         path: File to write at the end.
@@ -60,13 +60,14 @@ class StepTimer(lightning.Callback):
 
     def on_train_batch_end(self, *_: Any) -> None:
         """Note the time."""
+        if not self._ends:
+            forget_peak()  # which may be that of loading
         self._ends.append(time.perf_counter())
 
     def on_train_end(self, *_: Any) -> None:
         """Write, without the first step."""
         seconds = np.diff(self._ends).tolist()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
-        Path(self.path).write_text(json.dumps({"seconds": seconds, "peak_mb": peak}))
+        Path(self.path).write_text(json.dumps({"seconds": seconds, "peak_mb": resident_mb("VmHWM")}))
 
 
 @dataclass
