@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedConfig
 
+from agri_moe.models import shared_core  # noqa: F401  (the Auto classes then read its format)
 from agri_moe.runs import replace_text
 
 CONFIG = "config.json"
