@@ -28,6 +28,7 @@ def test_there_are_configs():
         "sequence_level.yaml",
         "many_nodes.yaml",
         "distill_cached.yaml",
+        "compress_moe.yaml",
     }
 
 
