@@ -201,6 +201,20 @@ def test_an_expert_is_fitted_on_its_own_tokens_and_a_little_of_all():
     assert found[2].counts_n.sum().item() == pytest.approx(D * mean_square, rel=1e-5)
 
 
+def test_a_core_of_few_neurons_leaves_the_rest_of_the_rank_unused():
+    """As zero-padded experts have them."""
+    experts = unrelated()
+    for tensor in (experts.gate_EFD[:, 2:], experts.up_EFD[:, 2:], experts.down_EDF[..., 2:]):
+        tensor.zero_()
+    core, before, after = shared(matched(experts), R, some_tokens(), F.silu)
+    assert before.up.shape == after.up.shape == (E, D, R)
+    assert all(tensor.isfinite().all() for tensor in (*core, *before, *after))
+    found = Experts.of(core.gate_up @ before.matrices(), after.matrices() @ core.down)
+    x = torch.randn(40, D)
+    for e in range(E):
+        assert (ffn(found, e, x) - ffn(experts, e, x)).norm() < 0.1 * ffn(experts, e, x).norm()
+
+
 # ---------------------------------------------------------------------- the report
 
 
