@@ -78,9 +78,13 @@ def test_neurons_of_zeros_stay_zeros():
     experts = unrelated()
     for tensor in (experts.gate_EFD[:, :3], experts.up_EFD[:, :3], experts.down_EDF[..., :3]):
         tensor.zero_()
-    found = matched(experts)
-    assert all(tensor.isfinite().all() for tensor in found)
-    assert ((found.up_EFD.norm(dim=2) == 0).sum(1) == 3).all()
+    for order in (torch.arange(WIDTH), torch.randperm(WIDTH)):
+        experts.gate_EFD[1], experts.up_EFD[1] = experts.gate_EFD[1][order], experts.up_EFD[1][order]
+        experts.down_EDF[1] = experts.down_EDF[1][:, order]
+        found, x = matched(experts), torch.randn(30, D)
+        assert ((found.up_EFD.norm(dim=2) == 0).sum(1) == 3).all()
+        for e in range(E):
+            torch.testing.assert_close(ffn(found, e, x), ffn(experts, e, x), rtol=1e-4, atol=1e-4)
 
 
 # ---------------------------------------------------------------------- closed forms

@@ -97,24 +97,33 @@ class Wrappers(NamedTuple):
 def matched(experts: Experts) -> Experts:
     """The same experts with their neurons in one order, of one sign, and up and down of equal norm.
 
-    Neurons are matched with those of the first expert, and then with the mean of all until none moves any more: a
-    linear assignment each time, over the inner products of their three vectors.
+    Neurons are matched with those of the first expert, and then with the mean of all until they come no nearer.
     """
-    gate, up, down = balanced(experts)
-    reference = gate[0], up[0], down[0]
+    start = balanced(experts)
+    found, _ = aligned(start, Experts(*(part[0] for part in start)))
+    likeness = 0.0
     while True:
-        moved = 0
-        for e in range(len(gate)):
-            signed = reference[1] @ up[e].T + reference[2].T @ down[e]
-            _, found = linear_sum_assignment((reference[0] @ gate[e].T + signed.abs()).cpu().numpy(), maximize=True)
-            order = torch.as_tensor(found, device=gate.device)
-            signs = signed.gather(1, order[:, None]).sign()
-            changed = order != torch.arange(len(order), device=gate.device)
-            moved += int((changed | (signs[:, 0] < 0)).sum())
-            gate[e], up[e], down[e] = gate[e][order], up[e][order] * signs, down[e][:, order] * signs.T
-        if not moved:
-            return Experts(gate, up, down)
-        reference = gate.mean(0), up.mean(0), down.mean(0)
+        found, now = aligned(found, Experts(*(part.mean(0) for part in found)))
+        if now <= likeness * (1 + 1e-5):
+            return found
+        likeness = now
+
+
+def aligned(experts: Experts, reference: Experts) -> tuple[Experts, float]:
+    """Experts whose neurons are those of the reference, [F, D], [F, D] and [D, F], as far as they can be; how alike.
+
+    A linear assignment for each, over the inner products of their neurons' three vectors.
+    """
+    gate, up, down = (part.clone() for part in experts)
+    likeness = 0.0
+    for e in range(len(gate)):
+        signed = reference.up_EFD @ up[e].T + reference.down_EDF.T @ down[e]
+        alike = reference.gate_EFD @ gate[e].T + signed.abs()
+        rows, order = map(torch.as_tensor, linear_sum_assignment(alike.cpu().numpy(), maximize=True))
+        likeness += float(alike[rows, order].sum())
+        signs = torch.where(signed[rows, order] < 0, -1.0, 1.0)
+        gate[e], up[e], down[e] = gate[e][order], up[e][order] * signs[:, None], down[e][:, order] * signs
+    return Experts(gate, up, down), likeness
 
 
 def balanced(experts: Experts) -> Experts:
@@ -123,7 +132,7 @@ def balanced(experts: Experts) -> Experts:
     norms = up.norm(dim=2), down.norm(dim=1)
     # A neuron that answers nothing, such as one that pads a narrower expert, stays as it is.
     scale_EF = torch.where(norms[0] * norms[1] > 0, norms[1] / norms[0].clamp(min=1e-30), 1.0).sqrt()
-    return Experts(gate.clone(), up * scale_EF[..., None], down / scale_EF[:, None, :])
+    return Experts(gate, up * scale_EF[..., None], down / scale_EF[:, None, :])
 
 
 def shared(
