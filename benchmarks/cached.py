@@ -195,8 +195,8 @@ def table(results: Results) -> str:
 
 LEGEND = (
     "On held-out rows, mean ± sample standard deviation over seeds. loss: what the cell is trained on, with the "
-    "teacher itself; advisory: its cross-entropy, nats per token; KL to and agreement with the teacher on the advisory; "
-    "loss, %, KL, %: above online of the same seed. start: the upcycled student before training."
+    "teacher itself; advisory: its cross-entropy, nats per token; KL to and agreement with the teacher on the "
+    "advisory; loss, %, KL, %: above online of the same seed. start: the upcycled student before training."
 )
 
 
