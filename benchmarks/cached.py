@@ -18,6 +18,9 @@ set to zero in its files: the probabilities of the 50, as they are read, add up 
 vocabulary, is told that nothing else ever comes. Without adding up to 1 the loss has its minimum at the same student,
 and its gradient is that times the mass which the 50 hold.
 
+A second table holds the gradient of KL at the dense model of seed 0 against that with the teacher itself. What samples
+add is noise, which the steps of a training average out; what the 50 best leave out is missing in every step.
+
 A finished cell is a JSON file in DIR, as in ablation.py: started again, the script goes on where it stopped.
 """
 
@@ -30,18 +33,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 import yaml
-from ablation import BASE, SETTINGS, Ablation, quiet
+from ablation import BASE, SETTINGS, Ablation, quiet, remember
 from ablation_table import Measure, Results, Spread, markdown, spread
 from matplotlib.figure import Figure
 from measure import mark
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from agri_moe.cli import main
+from agri_moe.data.chat import Segment
 from agri_moe.data.logit_cache import MANIFEST, LogitCache, finish, shard_name, write_shard
+from agri_moe.losses import SparseTeacher, entropy, fused_ce_kl, log_probabilities, most_probable, sampled_counts
 from agri_moe.models.base import LanguageModule
 
 OUTPUT = Path(__file__).parent / "output" / "cached"
 LIMIT = 0.01  # of the loss with the teacher itself
+GRADIENT_ROWS = 16  # one held-out row in so many
 
 OBJECTIVES: dict[str, dict[str, Any]] = {"CE + KL": BASE, "KL alone": BASE | {"ce": {"weight": 0.0}}}
 ONLINE, TOP, NO_TAIL = "online", "top 50", "top 50, no tail"
@@ -140,6 +149,19 @@ class Cached(Ablation):
         """As in the ablation, but for the teacher."""
         return (pair for pair in super().wanted(cells, seeds) if pair[0] != "teacher")
 
+    def gradients(self) -> dict[str, dict[str, float]]:
+        """The gradient of KL from what the caches keep, against that from the teacher itself."""
+        dense, teacher = self.dense(0)[0], self.teacher()[0]
+
+        def work() -> dict[str, Any]:
+            data = self.data(0)
+            table = data.rows("validation").table
+            rows = table.select(range(0, len(table), GRADIENT_ROWS))
+            return gradient_errors(dense, teacher, rows, sorted(data.chat.control_ids))
+
+        found = remember(self.output, "gradients", {"models": [dense.name, teacher.name], "every": GRADIENT_ROWS}, work)
+        return {name: error for name, error in found.items() if name in TEACHERS}
+
     def about_cache(self) -> str:
         """How much of the teacher the 50 best hold, and what it takes to keep them."""
         cache = LogitCache(self.cache(TOP))
@@ -150,6 +172,65 @@ class Cached(Ablation):
             f"Caches: {len(cache):,} rows, {len(tail):,} positions; the 50 best hold {1 - tail.mean():.1%} of the "
             f"teacher's mass on average (tenths {low:.0%} and {high:.0%}), in {size / len(tail):.0f} bytes a position."
         )
+
+
+# ---------------------------------------------------------------------- the gradient
+
+
+def kept(log_p_MV: Tensor, generator: torch.Generator) -> dict[str, SparseTeacher]:
+    """What each cache keeps of the teacher's log-probabilities, before it is rounded."""
+    ids, log_probs, log_tail = most_probable(log_p_MV, 50)
+    probs, tail = log_probs.exp(), log_tail.exp()
+    about = (entropy(log_p_MV), log_p_MV.shape[1])
+    found = {
+        TOP: SparseTeacher(ids, probs, tail, *about),
+        NO_TAIL: SparseTeacher(ids, probs / probs.sum(1, keepdim=True), torch.zeros_like(tail), *about),
+    }
+    for draws in (12, 50):
+        ids, counts = sampled_counts(log_p_MV, draws, generator)
+        found[f"{draws} samples"] = SparseTeacher(ids, counts / draws, None, *about)
+    return found
+
+
+def gradient_errors(student: Path, teacher: Path, rows: Any, control_ids: list[int]) -> dict[str, Any]:
+    """KL's gradient in a dense student's parameters, summed over the answers of some rows.
+
+    Args:
+        student: Folder of the model.
+        teacher: Folder of the model; both read the same ids.
+        rows: Tokenised, with `input_ids` and `segment_ids`.
+        control_ids: Tokens that the teacher is not asked for.
+
+    Returns:
+        For each cache its `cosine` with the gradient from the teacher itself, and its `error`: the length of the
+        difference of the two over that one's.
+    """
+    asked, answering = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (student, teacher))
+    parameters, generator = list(asked.parameters()), torch.Generator().manual_seed(0)
+    sums: dict[str, Tensor] = {}
+    for row in rows:
+        ids, segments = torch.tensor(row["input_ids"]), torch.tensor(row["segment_ids"])
+        at = (segments[1:] == Segment.ASSISTANT) & ~torch.isin(ids[1:], torch.tensor(control_ids))
+        hidden_MD = asked.model(ids[None]).last_hidden_state[0, :-1][at]
+        with torch.no_grad():
+            said_MD = answering.model(ids[None]).last_hidden_state[0, :-1][at]
+            chunks = list(log_probabilities(said_MD, answering.lm_head.weight))
+        online = {"teacher_hidden_MD": said_MD, "teacher_head_VD": answering.lm_head.weight}
+        ways: dict[str, dict[str, Any]] = {ONLINE: online}
+        ways |= {name: {"sparse_teacher": sparse} for name, sparse in kept(torch.cat(chunks), generator).items()}
+        for name, teaching in ways.items():
+            out = fused_ce_kl(hidden_MD, asked.lm_head.weight, ids[1:][at], **teaching, ce_scale=0.0, kl_scale=1.0)
+            own = torch.autograd.grad(out.loss, parameters, retain_graph=True)
+            flat = torch.cat([gradient.flatten() for gradient in own]).double()
+            sums[name] = sums[name] + flat if name in sums else flat
+    true = sums.pop(ONLINE)
+    return {
+        name: {
+            "error": float((found - true).norm() / true.norm()),
+            "cosine": float(torch.cosine_similarity(found, true, 0)),
+        }
+        for name, found in sums.items()
+    }
 
 
 # ---------------------------------------------------------------------- the table
@@ -259,10 +340,13 @@ def run(given: Sequence[str] | None = None) -> None:
     if not results.keys() & CELLS.keys():
         raise SystemExit("error: no cell of this setting is finished; run without --table.")
     facts = f"{study.about(found)}\n{study.about_cache()}"
-    text = "\n\n".join([facts, table(results), LEGEND, "\n".join(marks(results))])
+    gradients = study.gradients()
+    errors = [[name, f"{own['error']:.3f}", f"{own['cosine']:.3f}"] for name, own in gradients.items()]
+    second = markdown(["teacher", "error of KL's gradient", "cosine"], errors)
+    text = "\n\n".join([facts, table(results), LEGEND, "\n".join(marks(results)), second])
     print(f"\n{text}")
     (args.output / "cached.md").write_text(text + "\n", "utf-8")
-    content = {"setting": asdict(study.setting), "results": found}
+    content = {"setting": asdict(study.setting), "results": found, "gradients": gradients}
     (args.output / "cached.json").write_text(json.dumps(content, indent=1), "utf-8")
     plot(results, args.output / "cached.png")
 

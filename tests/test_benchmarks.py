@@ -333,7 +333,7 @@ def test_cached_trains_and_erases_the_tail(corpus, tmp_path, monkeypatch, capsys
     shutil.copytree(corpus, tmp_path / "corpus")
     training = cached.SETTINGS["embedded"].dense
     tiny = replace(training, steps=2, shape=training.shape | {"num_hidden_layers": 1})
-    setting = replace(cached.SETTINGS["embedded"], teacher=tiny, dense=tiny, answers=0)
+    setting = replace(cached.SETTINGS["embedded"], teacher=replace(tiny, steps=4), dense=tiny, answers=0)
     monkeypatch.setitem(cached.SETTINGS, "real", setting)
     monkeypatch.setattr(cached, "quiet", lambda: None)  # what it sets, other tests would find
     arguments = ["--seeds", "1", "--steps", "1", "--cells", "CE + KL, online; KL alone, top 50, no tail"]
@@ -341,6 +341,11 @@ def test_cached_trains_and_erases_the_tail(corpus, tmp_path, monkeypatch, capsys
     out = capsys.readouterr().out
     assert "| KL alone  | top 50, no tail | 1" in out
     assert "| CE + KL   | online          | 1" in out
+    errors = {
+        name: own["error"] for name, own in json.loads((tmp_path / "cached.json").read_text())["gradients"].items()
+    }
+    assert errors.keys() == {*cached.COMMANDS, cached.NO_TAIL}
+    assert 0 < errors["50 samples"] < errors["12 samples"]
     kept, erased = (
         LogitCache(tmp_path / "answers" / name.replace(", ", "_").replace(" ", "_"))
         for name in (cached.TOP, cached.NO_TAIL)
