@@ -1,7 +1,8 @@
 """Training from a cache of the teacher's answers against training beside the teacher: what the student loses.
 
     python benchmarks/cached.py [--seeds 3] [--steps 300] [--cells NAMES] [--output DIR]
-    python benchmarks/cached.py --table                     print what is there, train nothing
+    python benchmarks/cached.py --from_teacher [--steps 100]    students that begin as the teacher
+    python benchmarks/cached.py --table                         print what is there
 
 Rows, models and scores are those of `ablation.py --corpus real`; given its folder, its teacher and dense models are
 taken as they are. For each seed all students start from one upcycled model and see the same rows in the same order;
@@ -17,6 +18,10 @@ the other half; under `KL alone` the advisory is learned from the teacher and no
 set to zero in its files: the probabilities of the 50, as they are read, add up to 1, and the student, over its whole
 vocabulary, is told that nothing else ever comes. Without adding up to 1 the loss has its minimum at the same student,
 and its gradient is that times the mass which the 50 hold.
+
+A student far from its teacher gains from any push towards the most probable tokens. Where each cache leads in the end
+is seen with `--from_teacher`: the student is the teacher upcycled, which has nothing to learn, and every nat of
+divergence after the training is what the cache got wrong.
 
 A second table holds the gradient of KL at the dense model of seed 0 against that with the teacher itself. What samples
 add is noise, which the steps of a training average out; what the 50 best leave out is missing in every step.
@@ -50,6 +55,7 @@ from agri_moe.models.base import LanguageModule
 
 OUTPUT = Path(__file__).parent / "output" / "cached"
 LIMIT = 0.01  # of the loss with the teacher itself
+NOTHING = 0.01  # nats; of less, no share is taken
 GRADIENT_ROWS = 16  # one held-out row in so many
 
 OBJECTIVES: dict[str, dict[str, Any]] = {"CE + KL": BASE, "KL alone": BASE | {"ce": {"weight": 0.0}}}
@@ -174,6 +180,14 @@ class Cached(Ablation):
         )
 
 
+class FromTeacher(Cached):
+    """Students that begin as the teacher's own function."""
+
+    def dense(self, seed: int) -> tuple[Path, dict[str, Any]]:
+        """What the students are upcycled from."""
+        return self.teacher()
+
+
 # ---------------------------------------------------------------------- the gradient
 
 
@@ -257,8 +271,8 @@ def with_loss(results: Results) -> dict[str, dict[int, dict[str, Any]]]:
 def excess(results: Results, cell: Cell, key: str) -> Spread | None:
     """By how much a measure is above that of the online teacher, as a share of it, seed by seed."""
     ours, theirs = results.get(cell.name, {}), results.get(cell._replace(teacher=ONLINE).name, {})
-    both = ours.keys() & theirs.keys()
-    return Spread.of([ours[seed][key] / theirs[seed][key] - 1 for seed in sorted(both)]) if both else None
+    both = [seed for seed in ours if seed in theirs and theirs[seed][key] > NOTHING]
+    return Spread.of([ours[seed][key] / theirs[seed][key] - 1 for seed in both]) if both else None
 
 
 def table(results: Results) -> str:
@@ -299,11 +313,11 @@ def plot(results: Results, path: Path) -> None:
         online = results.get(Cell(objective, ONLINE).name, {})
         for x, teacher in enumerate(TEACHERS[1:]):
             ours = results.get(Cell(objective, teacher).name, {})
-            above = [100 * (one["kl"] / online[seed]["kl"] - 1) for seed, one in ours.items() if seed in online]
+            above = [one["kl"] - online[seed]["kl"] for seed, one in ours.items() if seed in online]
             panel.plot([x] * len(above), above, "o", color="tab:blue", markersize=4, alpha=0.7)
             panel.hlines(np.mean(above) if above else math.nan, x - 0.3, x + 0.3, color="black")
         panel.axhline(0, color="gray", linewidth=0.8)
-        panel.set(title=objective, ylabel="held-out KL above online, %")
+        panel.set(title=objective, ylabel="held-out KL above online, nats")
         panel.set_xticks(range(len(TEACHERS) - 1), TEACHERS[1:], rotation=30, ha="right")
         panel.grid(axis="y", alpha=0.3)
     figure.savefig(path, dpi=150)
@@ -316,6 +330,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps of each student")
+    parser.add_argument("--from_teacher", action="store_true", help="students that begin as the teacher")
     parser.add_argument("--cells", help=f"names with semicolons between: {'; '.join(CELLS)}")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--table", action="store_true", help="print what is finished, train nothing")
@@ -330,8 +345,10 @@ def run(given: Sequence[str] | None = None) -> None:
     """Train what is missing; print the table and draw the plot."""
     args = arguments(given)
     quiet()
-    setting = SETTINGS["real"]
-    study = Cached(replace(setting, student=replace(setting.student, steps=args.steps)), args.output)
+    setting = replace(SETTINGS["real"], student=replace(SETTINGS["real"].student, steps=args.steps))
+    study = Cached(setting, args.output)
+    if args.from_teacher:
+        study = FromTeacher(replace(setting, dense=setting.teacher), args.output)
     if not args.table:
         for cell, seed in study.wanted(args.cells, args.seeds):
             study.cell(cell, seed)
@@ -339,16 +356,18 @@ def run(given: Sequence[str] | None = None) -> None:
     results = with_loss(found)
     if not results.keys() & CELLS.keys():
         raise SystemExit("error: no cell of this setting is finished; run without --table.")
-    facts = f"{study.about(found)}\n{study.about_cache()}"
-    gradients = study.gradients()
-    errors = [[name, f"{own['error']:.3f}", f"{own['cosine']:.3f}"] for name, own in gradients.items()]
-    second = markdown(["teacher", "error of KL's gradient", "cosine"], errors)
-    text = "\n\n".join([facts, table(results), LEGEND, "\n".join(marks(results)), second])
+    parts = [f"{study.about(found)}\n{study.about_cache()}", table(results), LEGEND]
+    content: dict[str, Any] = {"setting": asdict(study.setting), "results": found}
+    if not args.from_teacher:
+        content["gradients"] = gradients = study.gradients()
+        errors = [[name, f"{own['error']:.3f}", f"{own['cosine']:.3f}"] for name, own in gradients.items()]
+        parts += ["\n".join(marks(results)), markdown(["teacher", "error of KL's gradient", "cosine"], errors)]
+    text = "\n\n".join(parts)
     print(f"\n{text}")
-    (args.output / "cached.md").write_text(text + "\n", "utf-8")
-    content = {"setting": asdict(study.setting), "results": found, "gradients": gradients}
-    (args.output / "cached.json").write_text(json.dumps(content, indent=1), "utf-8")
-    plot(results, args.output / "cached.png")
+    name = "cached_from_teacher" if args.from_teacher else "cached"
+    (args.output / f"{name}.md").write_text(text + "\n", "utf-8")
+    (args.output / f"{name}.json").write_text(json.dumps(content, indent=1), "utf-8")
+    plot(results, args.output / f"{name}.png")
 
 
 if __name__ == "__main__":

@@ -361,6 +361,13 @@ def test_cached_trains_and_erases_the_tail(corpus, tmp_path, monkeypatch, capsys
     before = sorted(path.name for path in tmp_path.glob("*.json"))
     cached.run([*arguments, "--output", str(tmp_path), "--table"])
     assert sorted(path.name for path in tmp_path.glob("*.json")) == before
+    cached.run([*arguments[:4], "--from_teacher", "--cells", "KL alone, online", "--output", str(tmp_path)])
+    found = json.loads((tmp_path / "cached_from_teacher.json").read_text())["results"]
+    assert 0 <= found["start"]["0"]["kl"] < 1e-3 < kl_of(tmp_path, "start"), "it begins as the teacher"
+
+
+def kl_of(folder, cell):
+    return json.loads((folder / "cached.json").read_text())["results"][cell]["0"]["kl"]
 
 
 def test_run_all_knows_its_parts():
