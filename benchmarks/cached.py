@@ -20,8 +20,8 @@ vocabulary, is told that nothing else ever comes. Without adding up to 1 the los
 and its gradient is that times the mass which the 50 hold.
 
 A student far from its teacher gains from any push towards the most probable tokens. Where each cache leads in the end
-is seen with `--from_teacher`: the student is the teacher upcycled, which has nothing to learn, and every nat of
-divergence after the training is what the cache got wrong.
+is seen with `--from_teacher`: the student is the teacher upcycled, which has nothing to learn. It is thrown off by the
+learning rate alone, also online; what it ends with above that is what the cache got wrong.
 
 A second table holds the gradient of KL at the dense model of seed 0 against that with the teacher itself. What samples
 add is noise, which the steps of a training average out; what the 50 best leave out is missing in every step.
