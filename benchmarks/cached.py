@@ -251,6 +251,7 @@ def gradient_errors(student: Path, teacher: Path, rows: Any, control_ids: list[i
 
 MEASURES = (
     Measure("loss", "loss", "↓"),
+    Measure("ce", "CE", "↓"),
     Measure("loss_assistant", "advisory", "↓"),
     Measure("kl", "KL", "↓", 1, 4),
     Measure("agreement", "agree %", "↑", 100, 1),
@@ -277,21 +278,21 @@ def excess(results: Results, cell: Cell, key: str) -> Spread | None:
 
 def table(results: Results) -> str:
     """Every measure of every cell, and loss and KL against online."""
-    head = ["objective", "teacher", "seeds", *(f"{m.title} {m.better}" for m in MEASURES), "loss, %", "KL, %"]
+    head = ["objective", "teacher", "seeds", *(f"{m.title} {m.better}" for m in MEASURES), "loss, %", "CE, %", "KL, %"]
     rows = []
     for name in results:
         cell = CELLS.get(name, Cell("-", name))
         spreads = [spread(results, name, m.key) for m in MEASURES]
         shown = [one.show(m) if one else "-" for one, m in zip(spreads, MEASURES, strict=True)]
-        above = [excess(results, cell, key) if cell.teacher != ONLINE else None for key in ("loss", "kl")]
+        above = [excess(results, cell, key) if cell.teacher != ONLINE else None for key in ("loss", "ce", "kl")]
         rows.append([*cell, str(len(results[name])), *shown, *(a.show(PERCENT, "+") if a else "-" for a in above)])
     return markdown(head, rows)
 
 
 LEGEND = (
     "On held-out rows, mean ± sample standard deviation over seeds. loss: what the cell is trained on, with the "
-    "teacher itself; advisory: its cross-entropy, nats per token; KL to and agreement with the teacher on the "
-    "advisory; loss, %, KL, %: above online of the same seed. start: the upcycled student before training."
+    "teacher itself; CE: cross-entropy of thought and advisory, nats per token; advisory: of it alone; KL to and "
+    "agreement with the teacher on the advisory; loss, %, CE, %, KL, %: above online of the same seed. start: the upcycled student before training."
 )
 
 
@@ -299,9 +300,10 @@ def marks(results: Results) -> list[str]:
     """Lines that hold what is asked against what was found."""
     lines = []
     for name, cell in CELLS.items():
-        found = excess(results, cell, "loss")
-        if cell.teacher in HELD_TO_LIMIT and found:
-            lines.append(mark(f"{name}: loss over online, %", 100 * found.mean, 100 * LIMIT))
+        for key in ("loss", "ce") if cell.teacher in HELD_TO_LIMIT else ():
+            if found := excess(results, cell, key):
+                about = f"{name}: held-out {key} over online, % (spread {100 * found.deviation:.2f})"
+                lines.append(mark(about, 100 * found.mean, 100 * LIMIT))
     return lines
 
 
