@@ -292,7 +292,8 @@ def table(results: Results) -> str:
 LEGEND = (
     "On held-out rows, mean ± sample standard deviation over seeds. loss: what the cell is trained on, with the "
     "teacher itself; CE: cross-entropy of thought and advisory, nats per token; advisory: of it alone; KL to and "
-    "agreement with the teacher on the advisory; loss, %, CE, %, KL, %: above online of the same seed. start: the upcycled student before training."
+    "agreement with the teacher on the advisory; loss, %, CE, %, KL, %: above online of the same seed. start: the "
+    "upcycled student before training."
 )
 
 
