@@ -1,11 +1,12 @@
 """Compression to a shared core against truncating each expert by itself, and what distillation from a cache regains.
 
-    python benchmarks/compress.py [--sources scratch,upcycled] [--output DIR]
+    python benchmarks/compress.py [--sources scratch,upcycled,wide] [--output DIR]
 
-Two small MoEs are trained on the real rows (plant diseases, soil in English, XQuAD in Hindi; ids renumbered, see
+Small MoEs are trained on the real rows (plant diseases, soil in English, XQuAD in Hindi; ids renumbered, see
 small_vocabulary.py) until their validation loss no longer falls or their steps are spent: `scratch` from random
-weights, so that its experts have nothing in common but the rows; `upcycled` from a dense model, as this package makes
-them. Each is compressed to a half and to a quarter of its experts' room, in several ways:
+weights, its experts narrower than the model, as those of Qwen3-30B-A3B are; `upcycled` from a dense model, as this
+package makes them; `wide` from random weights, with experts wider than the model. Each is compressed to at most a half
+and a quarter of its experts' room, in several ways:
 
     own SVD           the three matrices of each expert truncated by themselves (Eckart and Young), of equal size
     own SVD, rows     the same in the metric of the expert's calibration tokens (as in SVD-LLM, arXiv 2403.07378)
@@ -47,16 +48,20 @@ OUTPUT = Path(__file__).parent / "output" / "compress"
 # Not cross-entropy: the sources have not seen the last of the rows, and a student that learned them would pass them.
 OBJECTIVE = {"kl": {"weight": 1.0, "segments": ["thought", "assistant"]}, "ce": {"weight": 0.0}}
 PRETRAINING = {"ce": {"weight": 1.0}, "balance": {"weight": 0.01}, "router_z": {"weight": 0.001}}
-SCRATCH = Training(
-    1800,
-    2e-3,
-    qwen3(128, 4, 384)
-    | {"model_type": "qwen3_moe", "moe_intermediate_size": 192, "num_experts": 8}
-    | {"num_experts_per_tok": 2, "norm_topk_prob": True},
-    check_every=150,
-    patience=2,
-)
-UPCYCLED = Training(1200, 2e-3, {}, check_every=150, patience=2)
+
+
+def mixture(experts: int, top_k: int, width: int) -> dict[str, Any]:
+    """Config of a small Qwen3-MoE."""
+    sizes = {"num_experts": experts, "num_experts_per_tok": top_k, "moe_intermediate_size": width}
+    return qwen3(128, 4, 384) | {"model_type": "qwen3_moe", "norm_topk_prob": True} | sizes
+
+
+SOURCES = {
+    "scratch": Training(1800, 2e-3, mixture(16, 4, 64), check_every=150, patience=2),
+    "upcycled": Training(1200, 2e-3, {}, check_every=150, patience=2),
+    "wide": Training(1800, 2e-3, mixture(8, 2, 192), check_every=150, patience=2),
+}
+DENSE = Training(150, 3e-3, qwen3(128, 3, 96))  # what is upcycled
 DISTILLED = Training(300, 1e-3, {})
 CALIBRATION_TOKENS = 32768
 SHARES = (0.5, 0.25)
@@ -74,7 +79,7 @@ class Compression:
     def __init__(self, ablation: Ablation, kind: str) -> None:
         self.ablation = ablation
         self.kind = kind
-        self.training = SCRATCH if kind == "scratch" else UPCYCLED
+        self.training = SOURCES[kind]
         self.folder = ablation.output / kind
 
     # ------------------------------------------------------------------ the source
@@ -249,14 +254,14 @@ def report(cells: Compression, shares: tuple[float, ...]) -> str:
 
 def run() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sources", default="upcycled,scratch", help="which MoEs, with commas between")
+    parser.add_argument("--sources", default=",".join(SOURCES), help="which MoEs, with commas between")
     parser.add_argument("--steps", type=int, help="of the distillation")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     arguments = parser.parse_args()
     quiet()
     if arguments.steps:
         globals()["DISTILLED"] = replace(DISTILLED, steps=arguments.steps)
-    ablation = Ablation(SETTINGS["real"], arguments.output)
+    ablation = Ablation(replace(SETTINGS["real"], dense=DENSE), arguments.output)
     print(f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}; {ablation.corpus.about}")
     for kind in arguments.sources.split(","):
         cells = Compression(ablation, kind)
