@@ -56,12 +56,12 @@ def mixture(experts: int, top_k: int, width: int) -> dict[str, Any]:
     return qwen3(128, 4, 384) | {"model_type": "qwen3_moe", "norm_topk_prob": True} | sizes
 
 
+DENSE = Training(150, 3e-3, qwen3(128, 3, 96))  # what is upcycled
 SOURCES = {
     "scratch": Training(1800, 2e-3, mixture(16, 4, 64), check_every=150, patience=2),
-    "upcycled": Training(1200, 2e-3, {}, check_every=150, patience=2),
+    "upcycled": Training(1200, 2e-3, DENSE.shape, check_every=150, patience=2),
     "wide": Training(1800, 2e-3, mixture(8, 2, 192), check_every=150, patience=2),
 }
-DENSE = Training(150, 3e-3, qwen3(128, 3, 96))  # what is upcycled
 DISTILLED = Training(300, 1e-3, {})
 CALIBRATION_TOKENS = 32768
 SHARES = (0.5, 0.25)
