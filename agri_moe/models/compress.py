@@ -45,7 +45,7 @@ from agri_moe.models.upcycle import stored_placed, unreadable, write_moe_config
 RECORD = "compression.json"
 ROUNDS = 4
 HELD_OUT = 0.1  # of the calibration tokens, on which the error is told
-RANKED = 8  # experts of a layer whose differences are decomposed for the report: of 128 it would take longer than the fit
+RANKED = 8  # experts of a layer whose differences are decomposed for the report: 128 would take longer than the fit
 RIDGE = 1e-4  # over the mean of a covariance's diagonal
 
 
