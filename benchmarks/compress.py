@@ -167,8 +167,8 @@ class Compression:
 
     def distilled(self, share: float) -> dict[str, Any]:
         """The losses of the shared core once it has learnt from the source's answers on disk."""
-        distilled = functools.partial(self._distil, share)
-        return self.cell(f"distilled {share}", distilled, share=share, student=asdict(DISTILLED), answers=ANSWERS, objective=OBJECTIVE)
+        settings = {"student": asdict(DISTILLED), "answers": ANSWERS, "objective": OBJECTIVE}
+        return self.cell(f"distilled {share}", functools.partial(self._distil, share), share=share, **settings)
 
     def _score(self, model: Any) -> dict[str, Any]:
         options = {"network": {"source": str(self.folder), "upcycle": None}, "objective": PRETRAINING}
