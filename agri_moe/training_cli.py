@@ -20,9 +20,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zer
 from agri_moe.callbacks.resume import AtomicCheckpointIO, Checkpoint, RunStatus
 from agri_moe.cli import fail, one_sentence
 from agri_moe.data.chat_data import ChatDataModule
-from agri_moe.models.base import LanguageModule
 from agri_moe.models.distill import DistillModule
 from agri_moe.models.pretrain import PretrainModule
+from agri_moe.models.training import TrainingModule
 from agri_moe.runs import (
     LOGS,
     Lock,
@@ -315,7 +315,7 @@ def run_training(command: str, args: Sequence[str], cli: type[T]) -> T:
         args = with_newest_run(args)
     Parser.given = args
     return cli(
-        LanguageModule,
+        TrainingModule,
         lightning.LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
