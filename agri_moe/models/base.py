@@ -137,8 +137,7 @@ class LanguageModule(TrainingModule, ABC):
 
     def setup(self, stage: str) -> None:
         """Check once more where the module is used without the command line."""
-        if str(self.trainer.precision).startswith("16"):
-            raise ValueError("trainer.precision: float16 is not supported; use bf16-mixed, bf16-true or 32-true.")
+        super().setup(stage)
         if self.device_mesh is not None and self.device_mesh["tensor_parallel"].size() > 1:
             # Lightning's default takes the GPUs of a node for tensor parallelism: they would drift apart in silence.
             raise ValueError(
@@ -474,12 +473,6 @@ class LanguageModule(TrainingModule, ABC):
         if self.stage_config is not None:
             self.log("train/stage", float(self.stage_index + 1))
         self._step_terms.clear()
-
-    def _unlog(self) -> None:
-        """Drop what was logged of training: Lightning repeats a value at every step until another takes its place."""
-        results: Any = self.trainer.fit_loop.epoch_loop._results
-        for key in [key for key, result in results.items() if result.meta.name.startswith("train/")]:
-            del results[key]
 
     def log_step(self, values: dict[str, Tensor]) -> None:
         """Log the terms of a finished step."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 
+from agri_moe.models.moe import MoE
 from agri_moe.models.upcycle import is_moe
 
 # Relative error at which the maps that were found count as the network that runs; bfloat16 rounds to 1/256.
@@ -184,21 +185,59 @@ def describe(ffns: Sequence[FFN]) -> str:
 
 
 @contextmanager
-def record(ffns: Sequence[FFN]) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Keep what each network reads and writes in one forward pass, in their order; whole when the pass is done."""
+def record(ffns: Sequence[FFN], positions_N: Tensor | None = None) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Keep what each network reads and writes in one forward pass, in their order; whole when the pass is done.
+
+    Args:
+        ffns: The networks, first layer first.
+        positions_N: Flat indices into [B, T], to keep [N, D]; None keeps [B, T, D].
+    """
     kept: list[tuple[Tensor, Tensor]] = []
     reading: list[Tensor] = []
+
+    def chosen(tensor: Tensor) -> Tensor:
+        return tensor if positions_N is None else tensor.flatten(0, -2)[positions_N]
 
     def read(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         reading.append(args[0])
 
     def write(_: nn.Module, __: Any, y: Tensor) -> None:
-        kept.append((reading.pop(), y))
+        kept.append((chosen(reading.pop()), chosen(y)))
 
+    with _hooked(ffns, read, write):
+        yield kept
+
+
+@contextmanager
+def instead(ffns: Sequence[FFN], moes: Sequence[MoE], positions_N: Tensor) -> Iterator[None]:
+    """Let mixtures answer for networks, which still run; where there is padding, the network's own answer stays.
+
+    Args:
+        ffns: The networks.
+        moes: As many mixtures.
+        positions_N: Flat indices into [B, T] of what is no padding.
+    """
+    reading: list[Tensor] = []
+    moe_of: dict[nn.Module, MoE] = {ffn.down: moe for ffn, moe in zip(ffns, moes, strict=True)}
+
+    def read(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        reading.append(args[0])
+
+    def write(down: nn.Module, _: Any, y: Tensor) -> Tensor:
+        x_ND = reading.pop().flatten(0, -2)[positions_N]
+        answer_ND = moe_of[down](x_ND).output_ND.to(y.dtype)
+        return y.flatten(0, -2).index_copy(0, positions_N, answer_ND).view_as(y)
+
+    with _hooked(ffns, read, write):
+        yield
+
+
+@contextmanager
+def _hooked(ffns: Sequence[FFN], read: Any, write: Any) -> Iterator[None]:
     handles = [ffn.readers[0].register_forward_pre_hook(read) for ffn in ffns]
     handles += [ffn.down.register_forward_hook(write) for ffn in ffns]
     try:
-        yield kept
+        yield
     finally:
         for handle in handles:
             handle.remove()

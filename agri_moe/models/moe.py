@@ -133,6 +133,7 @@ class MoE(nn.Module):
         output_bias: Whether the answer has one; it belongs to the layer and not to an expert.
     """
 
+    act_fn: Callable[[Tensor], Tensor]
     up_SD: nn.Parameter
     down_SD: nn.Parameter
 
@@ -149,7 +150,8 @@ class MoE(nn.Module):
     ):
         super().__init__()
         self.rule = rule
-        self.act_fn = act_fn
+        # Past nn.Module's own __setattr__: it may be a part of the frozen model that the network came from.
+        object.__setattr__(self, "act_fn", act_fn)
         neurons = sum(widths)
 
         def empty(*shape: int) -> nn.Parameter:

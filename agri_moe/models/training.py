@@ -36,6 +36,11 @@ class TrainingModule(lightning.LightningModule, ABC):
             ValueError: If there are any.
         """
 
+    def setup(self, stage: str) -> None:
+        """Refuse a precision in which gradients would have to be scaled."""
+        if str(self.trainer.precision).startswith("16"):
+            raise ValueError("trainer.precision: float16 is not supported; use bf16-mixed, bf16-true or 32-true.")
+
     @property
     def chat(self) -> Chat:
         """Tokenizer, markers and chat template of the data module."""
@@ -64,6 +69,10 @@ class TrainingModule(lightning.LightningModule, ABC):
         return trainer.max_epochs * self._epoch_steps()
 
     def _epoch_steps(self) -> int:
+        return math.ceil(self._epoch_batches() / self.trainer.accumulate_grad_batches)
+
+    def _epoch_batches(self) -> int:
+        """Micro-batches of one epoch on each rank."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         if getattr(data, "streaming", False):
             raise ValueError(
@@ -71,8 +80,13 @@ class TrainingModule(lightning.LightningModule, ABC):
                 "their number is not known."
             )
         batches, limit = len(data.train_dataloader()), self.trainer.limit_train_batches
-        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-        return math.ceil(batches / self.trainer.accumulate_grad_batches)
+        return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+
+    def _unlog(self) -> None:
+        """Drop what was logged of training: Lightning repeats a value at every step until another takes its place."""
+        results: Any = self.trainer.fit_loop.epoch_loop._results
+        for key in [key for key, result in results.items() if result.meta.name.startswith("train/")]:
+            del results[key]
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, and let the gradients go.

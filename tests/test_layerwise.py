@@ -1,0 +1,298 @@
+"""Layer-wise distillation through the command line: both modes, resume, evaluation."""
+
+import math
+
+import lightning
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from safetensors.torch import load_file
+
+from agri_moe.cli import main
+
+EXPERTS = 4
+COOLING = {"start": 2.0, "end": 1.0, "steps": 4}
+
+
+@pytest.fixture
+def config(tmp_path, corpus, dense):
+    """A complete config of a small layer-wise run; returns a function that writes it with changes."""
+
+    def write(name="layerwise.yaml", max_steps=4, accumulate=2, callbacks=(), **model):
+        settings = {
+            "seed_everything": 0,
+            "model": {
+                "class_path": "LayerwiseModule",
+                "init_args": {
+                    "source": str(dense),
+                    "dtype": "float32",
+                    "num_experts": EXPERTS,
+                    "expert_width": 0.25,
+                    "learning_rate": 3e-3,
+                    "optimizer": {"warmup_steps": 1},
+                }
+                | model,
+            },
+            "data": {
+                "class_path": "ChatDataModule",
+                "init_args": {
+                    "train": str(corpus / "train.parquet"),
+                    "validation": str(corpus / "validation.parquet"),
+                    "tokenizer": str(corpus / "tokenizer"),
+                    "max_length": 512,
+                    "tokens_per_batch": 1024,
+                    "cache_dir": str(tmp_path / "cache"),
+                },
+            },
+            "trainer": {
+                "accelerator": "cpu",
+                "default_root_dir": str(tmp_path),
+                "max_steps": max_steps,
+                "accumulate_grad_batches": accumulate,
+                "gradient_clip_val": 1.0,
+                "num_sanity_val_steps": 0,
+                "check_val_every_n_epoch": None,
+                "val_check_interval": 4,
+                "limit_val_batches": 1,
+                "log_every_n_steps": 1,
+                "enable_progress_bar": False,
+                "enable_model_summary": False,
+                "callbacks": [
+                    {
+                        "class_path": "agri_moe.callbacks.resume.Checkpoint",
+                        "init_args": {"every_n_steps": 1, "keep": -1},
+                    },
+                    {"class_path": "agri_moe.callbacks.router.RouterMonitor", "init_args": {"every_n_steps": 1}},
+                    {"class_path": "agri_moe.callbacks.throughput.Throughput", "init_args": {"every_n_steps": 1}},
+                    *callbacks,
+                ],
+            },
+        }
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump(settings))
+        return str(path)
+
+    return write
+
+
+def fit(path, *more):
+    return main(["fit", f"--config={path}", *more])
+
+
+def layers_of(cli):
+    """Each layer's state after a run, from memory or from its files."""
+    if cli.model.mode == "parallel":
+        return [{k: v.clone() for k, v in moe.state_dict().items()} for moe in cli.model.layers]
+    return [load_file(path) for path in sorted((cli.run.folder / "layers").glob("*.safetensors"))]
+
+
+def assert_same(one, other, exactly=True):
+    assert len(one) == len(other)
+    for a, b in zip(one, other, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            if exactly:
+                assert torch.equal(a[name], b[name]), name
+            else:
+                torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-6)
+
+
+def test_both_modes_give_the_same_layers(config):
+    options = {"router_noise": "gumbel", "router_noise_scale": {"start": 1.0, "end": 0.0, "steps": 4}}
+    parallel = fit(config("parallel.yaml", **options))
+    sequential = fit(config("sequential.yaml", mode="sequential", **options))
+    assert parallel.trainer.global_step == 4
+    assert sequential.trainer.global_step == 8
+    assert_same(layers_of(parallel), layers_of(sequential), exactly=False)
+    metrics = parallel.trainer.callback_metrics
+    for name in ("mse", "relative_error", "cosine", "balance_score", "ce", "ce_dense", "perplexity"):
+        assert metrics[f"val/{name}"].isfinite()
+    assert metrics["val/relative_error/layer_01"] < 1
+    assert metrics["train/cosine/layer_00"].isfinite()
+    # What the last layer's validation says must agree, too.
+    last = sequential.trainer.callback_metrics
+    torch.testing.assert_close(last["val/relative_error/layer_01"], metrics["val/relative_error/layer_01"])
+    assert "val/relative_error/layer_00" not in last or not last["val/relative_error/layer_00"].isnan()
+
+
+def test_sequential_over_epochs_sees_the_same_rows_again(config):
+    seen = {}
+
+    class Rows(lightning.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            key = module.mode, trainer.global_step // (6 if module.mode == "sequential" else 10**6)
+            seen.setdefault(key, []).append(batch["input_ids"].clone())
+
+    from agri_moe.training_cli import TrainingCLI, run_training
+
+    class Watched(TrainingCLI):
+        def instantiate_trainer(self, **kwargs):
+            trainer = super().instantiate_trainer(**kwargs)
+            trainer.callbacks.append(Rows())
+            return trainer
+
+    for mode in ("parallel", "sequential"):
+        path = config(f"{mode}.yaml", max_steps=6, accumulate=1, mode=mode)
+        run_training("fit", ["--config", path, "--trainer.limit_train_batches=4"], Watched)
+    parallel = seen["parallel", 0]
+    assert len(parallel) == 6
+    for layer in (0, 1):
+        again = seen["sequential", layer]
+        assert len(again) == 6
+        assert all(torch.equal(a, b) for a, b in zip(parallel, again, strict=True))
+
+
+@pytest.mark.parametrize("mode", ["parallel", "sequential", "replaced"])
+def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(config, mode, tmp_path):
+    options = {"mode": "parallel"} if mode == "parallel" else {"mode": "sequential"}
+    if mode == "replaced":
+        options["inputs"] = "replaced"
+    whole = fit(config("whole.yaml", **options), f"--trainer.default_root_dir={tmp_path / 'whole'}")
+    expected = layers_of(whole)
+    for stop in (1, 3, 4, 5) if mode == "sequential" else (3,) if mode == "parallel" else (5,):
+        root = tmp_path / f"cut{stop}"
+        path = config(f"cut{stop}.yaml", **options)
+
+        class Stop(lightning.Callback):
+            def __init__(self, at):
+                self.at = at
+
+            def on_train_batch_end(self, trainer, *_):
+                if trainer.global_step == self.at:
+                    raise RuntimeError("cut off")
+
+        from agri_moe.training_cli import TrainingCLI, run_training
+
+        class Cut(TrainingCLI):
+            def instantiate_trainer(self, stop=stop, **kwargs):
+                trainer = super().instantiate_trainer(**kwargs)
+                trainer.callbacks.append(Stop(stop))  # after the checkpoint's
+                return trainer
+
+        with pytest.raises(RuntimeError, match="cut off"):
+            run_training("fit", ["--config", path, f"--trainer.default_root_dir={root}"], Cut)
+        resumed = fit(path, f"--trainer.default_root_dir={root}")
+        assert resumed.run.number == 0
+        assert_same(layers_of(resumed), expected)
+
+
+def test_replaced_inputs_are_what_the_replaced_model_gives(config, dense):
+    cli = fit(config(mode="sequential", inputs="replaced"))
+    reading = fit(config("dense.yaml", mode="sequential"))
+    one, other = layers_of(cli), layers_of(reading)
+    assert_same(one[:1], other[:1])
+    assert not torch.equal(one[1]["up_SD"], other[1]["up_SD"])
+
+
+@pytest.mark.parametrize("mode", ["parallel", "sequential"])
+def test_validate_scores_all_layers_and_the_replaced_model(config, mode):
+    fitted = fit(config(mode=mode))
+    cli = main(
+        [
+            "validate",
+            f"--trainer.default_root_dir={fitted.trainer.default_root_dir}",
+            "--config",
+            str(fitted.run.config),
+        ]
+    )
+    metrics = cli.trainer.callback_metrics
+    model = cli.model.dense
+    states = layers_of(fitted)
+    assert len(cli.model.layers) == 2
+    assert_same([moe.state_dict() for moe in cli.model.layers], states)
+    # Independently: forward hooks on the modules of one batch, token by token.
+    loader = cli.datamodule.val_dataloader()
+    batch = next(iter(loader))
+    valid = (batch["segment_ids"] != 0).flatten()
+    inputs = {}
+    for i, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_hook(lambda _, args, out, i=i: inputs.update({i: (args[0], out)}))
+    with torch.no_grad():
+        logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
+    for i in range(2):
+        x, y = (t.flatten(0, 1)[valid] for t in inputs[i])
+        with torch.no_grad():
+            got = cli.model.layers[i](x).output_ND
+        relative = (got - y).norm() / y.norm()
+        torch.testing.assert_close(metrics[f"val/relative_error/layer_0{i}"], relative, rtol=1e-4, atol=1e-5)
+        cosine = F.cosine_similarity(got, y).mean()
+        torch.testing.assert_close(metrics[f"val/cosine/layer_0{i}"], cosine, rtol=1e-4, atol=1e-5)
+    targets = batch["target_segments"].flatten() != 0
+    nll = F.cross_entropy(logits.flatten(0, 1)[targets], batch["target_ids"].flatten()[targets])
+    torch.testing.assert_close(metrics["val/ce_dense"], nll, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(metrics["val/perplexity_dense"], nll.exp(), rtol=1e-3, atol=1e-3)
+
+
+def test_the_exact_start_is_the_dense_model(config):
+    """Half width, top-2: the control. Scored without any training."""
+    path = config(expert_width=0.5, init_from_dense=True)
+    metrics = main(["validate", f"--config={path}", "--ckpt_path=source"]).trainer.callback_metrics
+    assert metrics["val/cosine"] > 1 - 1e-5
+    assert metrics["val/relative_error"] < 1e-3
+    assert abs(metrics["val/ce"] - metrics["val/ce_dense"]) < 1e-4
+
+
+def test_the_checkpoint_holds_mixtures_and_facts_only(config):
+    cli = fit(config())
+    path = sorted((cli.run.folder / "checkpoints").glob("*.ckpt"))[-1]
+    content = torch.load(path, weights_only=True)
+    names = {name.split(".", 2)[-1] if name.startswith("layers.") else name for name in content["state_dict"]}
+    assert names == {"router_ED", "gate_SD", "up_SD", "down_SD", "temperature", "_widths", "target_power"}
+    facts = content["layerwise"]
+    assert (facts["width"], facts["dense_width"], facts["num_layers"], facts["gated"]) == (32, 64, 2, True)
+    assert facts["rule"]["top_k"] == 2
+
+
+def test_accumulation_and_one_batch_give_the_same_gradient(config):
+    """The loss is divided once, by the tokens of the whole step; balance and its like are off, being statistics."""
+    off = {"balance_weight": 0.0, "router_z_weight": 0.001}
+    one = fit(config("one.yaml", max_steps=2, accumulate=1, **off), "--data.tokens_per_batch=2048")
+    two = fit(config("two.yaml", max_steps=2, accumulate=2, **off), "--data.tokens_per_batch=1024")
+    for a, b in zip(layers_of(one), layers_of(two), strict=True):
+        torch.testing.assert_close(a["down_SD"], b["down_SD"], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"expert_width": 0.3}, r"model\.expert_width is 0\.3"),
+        ({"expert_width": 65}, r"model\.expert_width is 65: .*up to the dense network's 64"),
+        ({"num_experts_per_tok": 5}, r"model\.num_experts_per_tok is 5: it must be between 1 and num_experts, 4"),
+        ({"inputs": "replaced"}, r"model\.inputs: replaced needs mode: sequential"),
+        ({"routing": "expert_choice", "drop_tokens": True}, r"model\.drop_tokens is for token_choice"),
+        ({"router_temperature": 0.0}, r"model\.router_temperature is 0\.0: it must be above 0"),
+        ({"capacity_factor": 0.0}, r"model\.capacity_factor is 0\.0"),
+    ],
+)
+def test_mistakes_are_one_sentence_before_weights(config, no_models, capsys, changes, message):
+    import re
+
+    with pytest.raises(SystemExit):
+        fit(config(**changes))
+    error = capsys.readouterr().err.strip()
+    assert re.search(message, error), error
+    assert "\n" not in error
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"routing": "expert_choice"},
+        {"drop_tokens": True, "capacity_factor": 1.0},
+        {
+            "init_from_dense": False,
+            "router_noise": "gaussian",
+            "router_temperature": {"start": 2.0, "end": 1.0, "steps": 4},
+        },
+    ],
+)
+def test_other_ways_of_routing_train(config, options):
+    cli = fit(config(**options), "--trainer.max_steps=6")
+    values = cli.trainer.callback_metrics
+    assert values["train/relative_error"].isfinite()
+    assert values["val/ce"].isfinite()
+    if options.get("routing") == "expert_choice":
+        assert values["val/balance_score"] > 1 - 1e-6
+    if "router_temperature" in options:
+        assert math.isclose(float(cli.model.layers[0].temperature), 1.0)
