@@ -6,74 +6,11 @@ import lightning
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
 from safetensors.torch import load_file
 
 from agri_moe.cli import main
 
-EXPERTS = 4
 COOLING = {"start": 2.0, "end": 1.0, "steps": 4}
-
-
-@pytest.fixture
-def config(tmp_path, corpus, dense):
-    """A complete config of a small layer-wise run; returns a function that writes it with changes."""
-
-    def write(name="layerwise.yaml", max_steps=4, accumulate=2, callbacks=(), **model):
-        settings = {
-            "seed_everything": 0,
-            "model": {
-                "class_path": "LayerwiseModule",
-                "init_args": {
-                    "source": str(dense),
-                    "dtype": "float32",
-                    "num_experts": EXPERTS,
-                    "expert_width": 0.25,
-                    "learning_rate": 3e-3,
-                    "optimizer": {"warmup_steps": 1},
-                }
-                | model,
-            },
-            "data": {
-                "class_path": "ChatDataModule",
-                "init_args": {
-                    "train": str(corpus / "train.parquet"),
-                    "validation": str(corpus / "validation.parquet"),
-                    "tokenizer": str(corpus / "tokenizer"),
-                    "max_length": 512,
-                    "tokens_per_batch": 1024,
-                    "cache_dir": str(tmp_path / "cache"),
-                },
-            },
-            "trainer": {
-                "accelerator": "cpu",
-                "default_root_dir": str(tmp_path),
-                "max_steps": max_steps,
-                "accumulate_grad_batches": accumulate,
-                "gradient_clip_val": 1.0,
-                "num_sanity_val_steps": 0,
-                "check_val_every_n_epoch": None,
-                "val_check_interval": 4,
-                "limit_val_batches": 1,
-                "log_every_n_steps": 1,
-                "enable_progress_bar": False,
-                "enable_model_summary": False,
-                "callbacks": [
-                    {
-                        "class_path": "agri_moe.callbacks.resume.Checkpoint",
-                        "init_args": {"every_n_steps": 1, "keep": -1},
-                    },
-                    {"class_path": "agri_moe.callbacks.router.RouterMonitor", "init_args": {"every_n_steps": 1}},
-                    {"class_path": "agri_moe.callbacks.throughput.Throughput", "init_args": {"every_n_steps": 1}},
-                    *callbacks,
-                ],
-            },
-        }
-        path = tmp_path / name
-        path.write_text(yaml.safe_dump(settings))
-        return str(path)
-
-    return write
 
 
 def fit(path, *more):
@@ -98,10 +35,10 @@ def assert_same(one, other, exactly=True):
                 torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-6)
 
 
-def test_both_modes_give_the_same_layers(config):
+def test_both_modes_give_the_same_layers(layerwise_config):
     options = {"router_noise": "gumbel", "router_noise_scale": {"start": 1.0, "end": 0.0, "steps": 4}}
-    parallel = fit(config("parallel.yaml", **options))
-    sequential = fit(config("sequential.yaml", mode="sequential", **options))
+    parallel = fit(layerwise_config("parallel.yaml", **options))
+    sequential = fit(layerwise_config("sequential.yaml", mode="sequential", **options))
     assert parallel.trainer.global_step == 4
     assert sequential.trainer.global_step == 8
     assert_same(layers_of(parallel), layers_of(sequential), exactly=False)
@@ -116,7 +53,7 @@ def test_both_modes_give_the_same_layers(config):
     assert "val/relative_error/layer_00" not in last or not last["val/relative_error/layer_00"].isnan()
 
 
-def test_sequential_over_epochs_sees_the_same_rows_again(config):
+def test_sequential_over_epochs_sees_the_same_rows_again(layerwise_config):
     seen = {}
 
     class Rows(lightning.Callback):
@@ -133,7 +70,7 @@ def test_sequential_over_epochs_sees_the_same_rows_again(config):
             return trainer
 
     for mode in ("parallel", "sequential"):
-        path = config(f"{mode}.yaml", max_steps=6, accumulate=1, mode=mode)
+        path = layerwise_config(f"{mode}.yaml", max_steps=6, accumulate=1, mode=mode)
         run_training("fit", ["--config", path, "--trainer.limit_train_batches=4"], Watched)
     parallel = seen["parallel", 0]
     assert len(parallel) == 6
@@ -144,15 +81,15 @@ def test_sequential_over_epochs_sees_the_same_rows_again(config):
 
 
 @pytest.mark.parametrize("mode", ["parallel", "sequential", "replaced"])
-def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(config, mode, tmp_path):
+def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(layerwise_config, mode, tmp_path):
     options = {"mode": "parallel"} if mode == "parallel" else {"mode": "sequential"}
     if mode == "replaced":
         options["inputs"] = "replaced"
-    whole = fit(config("whole.yaml", **options), f"--trainer.default_root_dir={tmp_path / 'whole'}")
+    whole = fit(layerwise_config("whole.yaml", **options), f"--trainer.default_root_dir={tmp_path / 'whole'}")
     expected = layers_of(whole)
     for stop in (1, 3, 4, 5) if mode == "sequential" else (3,) if mode == "parallel" else (5,):
         root = tmp_path / f"cut{stop}"
-        path = config(f"cut{stop}.yaml", **options)
+        path = layerwise_config(f"cut{stop}.yaml", **options)
 
         class Stop(lightning.Callback):
             def __init__(self, at):
@@ -177,17 +114,17 @@ def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(config, mode, tmp_pat
         assert_same(layers_of(resumed), expected)
 
 
-def test_replaced_inputs_are_what_the_replaced_model_gives(config, dense):
-    cli = fit(config(mode="sequential", inputs="replaced"))
-    reading = fit(config("dense.yaml", mode="sequential"))
+def test_replaced_inputs_are_what_the_replaced_model_gives(layerwise_config, dense):
+    cli = fit(layerwise_config(mode="sequential", inputs="replaced"))
+    reading = fit(layerwise_config("dense.yaml", mode="sequential"))
     one, other = layers_of(cli), layers_of(reading)
     assert_same(one[:1], other[:1])
     assert not torch.equal(one[1]["up_SD"], other[1]["up_SD"])
 
 
 @pytest.mark.parametrize("mode", ["parallel", "sequential"])
-def test_validate_scores_all_layers_and_the_replaced_model(config, mode):
-    fitted = fit(config(mode=mode))
+def test_validate_scores_all_layers_and_the_replaced_model(layerwise_config, mode):
+    fitted = fit(layerwise_config(mode=mode))
     cli = main(
         [
             "validate",
@@ -224,17 +161,17 @@ def test_validate_scores_all_layers_and_the_replaced_model(config, mode):
     torch.testing.assert_close(metrics["val/perplexity_dense"], nll.exp(), rtol=1e-3, atol=1e-3)
 
 
-def test_the_exact_start_is_the_dense_model(config):
+def test_the_exact_start_is_the_dense_model(layerwise_config):
     """Half width, top-2: the control. Scored without any training."""
-    path = config(expert_width=0.5, init_from_dense=True)
+    path = layerwise_config(expert_width=0.5, init_from_dense=True)
     metrics = main(["validate", f"--config={path}", "--ckpt_path=source"]).trainer.callback_metrics
     assert metrics["val/cosine"] > 1 - 1e-5
     assert metrics["val/relative_error"] < 1e-3
     assert abs(metrics["val/ce"] - metrics["val/ce_dense"]) < 1e-4
 
 
-def test_the_checkpoint_holds_mixtures_and_facts_only(config):
-    cli = fit(config())
+def test_the_checkpoint_holds_mixtures_and_facts_only(layerwise_config):
+    cli = fit(layerwise_config())
     path = sorted((cli.run.folder / "checkpoints").glob("*.ckpt"))[-1]
     content = torch.load(path, weights_only=True)
     names = {name.split(".", 2)[-1] if name.startswith("layers.") else name for name in content["state_dict"]}
@@ -244,11 +181,11 @@ def test_the_checkpoint_holds_mixtures_and_facts_only(config):
     assert facts["rule"]["top_k"] == 2
 
 
-def test_accumulation_and_one_batch_give_the_same_gradient(config):
+def test_accumulation_and_one_batch_give_the_same_gradient(layerwise_config):
     """The loss is divided once, by the tokens of the whole step; balance and its like are off, being statistics."""
     off = {"balance_weight": 0.0, "router_z_weight": 0.001}
-    one = fit(config("one.yaml", max_steps=2, accumulate=1, **off), "--data.tokens_per_batch=2048")
-    two = fit(config("two.yaml", max_steps=2, accumulate=2, **off), "--data.tokens_per_batch=1024")
+    one = fit(layerwise_config("one.yaml", max_steps=2, accumulate=1, **off), "--data.tokens_per_batch=2048")
+    two = fit(layerwise_config("two.yaml", max_steps=2, accumulate=2, **off), "--data.tokens_per_batch=1024")
     for a, b in zip(layers_of(one), layers_of(two), strict=True):
         torch.testing.assert_close(a["down_SD"], b["down_SD"], rtol=1e-3, atol=1e-4)
 
@@ -265,11 +202,11 @@ def test_accumulation_and_one_batch_give_the_same_gradient(config):
         ({"capacity_factor": 0.0}, r"model\.capacity_factor is 0\.0"),
     ],
 )
-def test_mistakes_are_one_sentence_before_weights(config, no_models, capsys, changes, message):
+def test_mistakes_are_one_sentence_before_weights(layerwise_config, no_models, capsys, changes, message):
     import re
 
     with pytest.raises(SystemExit):
-        fit(config(**changes))
+        fit(layerwise_config(**changes))
     error = capsys.readouterr().err.strip()
     assert re.search(message, error), error
     assert "\n" not in error
@@ -287,8 +224,8 @@ def test_mistakes_are_one_sentence_before_weights(config, no_models, capsys, cha
         },
     ],
 )
-def test_other_ways_of_routing_train(config, options):
-    cli = fit(config(**options), "--trainer.max_steps=6")
+def test_other_ways_of_routing_train(layerwise_config, options):
+    cli = fit(layerwise_config(**options), "--trainer.max_steps=6")
     values = cli.trainer.callback_metrics
     assert values["train/relative_error"].isfinite()
     assert values["val/ce"].isfinite()

@@ -11,7 +11,7 @@ is dropped), C assignments that each expert has room for, F width of one expert,
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -30,8 +30,9 @@ class RoutingRule:
             arXiv:2202.09368): each expert takes the C tokens for which it is most probable.
         top_k: K; with expert choice the mean number of experts per token, before `capacity_factor`.
         capacity_factor: C is this times N K / E (Zhou et al. call `capacity_factor * top_k` the capacity factor).
-        drop: With token choice, an expert keeps the C of its tokens that it is most probable for (Riquelme et al.
-            2021, arXiv:2106.05974, "batch prioritized routing"), and the others get nothing from it.
+        drop: With token choice, in training, an expert keeps the C of its tokens that it is most probable for
+            (Riquelme et al. 2021, arXiv:2106.05974, "batch prioritized routing"), and the others get nothing from it.
+            In evaluation nothing is dropped, so that a token's answer does not hang on the others.
     """
 
     kind: RoutingKind = "token_choice"
@@ -222,7 +223,7 @@ class MoE(nn.Module):
             noise_NE: For the choice of experts, see `assign`; None is no noise.
         """
         logits_NE = self.logits(x_ND)
-        assignment = assign(logits_NE, self.rule, noise_NE)
+        assignment = assign(logits_NE, replace(self.rule, drop=self.rule.drop and self.training), noise_NE)
         answers_AD = self._experts(x_ND, assignment)
         weighted_AD = answers_AD * assignment.weight_A[:, None].to(answers_AD.dtype)
         output_ND = torch.zeros_like(x_ND, dtype=answers_AD.dtype).index_add(0, assignment.token_A, weighted_AD)

@@ -12,18 +12,29 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning import Trainer
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
 
-from agri_moe.models.ffn import FFN
-from agri_moe.models.moe import MoE, RoutingRule
+from agri_moe.data.chat import Chat
+from agri_moe.models.ffn import FFN, find_ffns, prove, put_in_place
+from agri_moe.models.moe import MoE, Replacement, RoutingRule
+from agri_moe.models.source import ModelConfig
+from agri_moe.models.upcycle import FAMILIES, UpcycleSpec, moe_config
+
+if TYPE_CHECKING:
+    from lightning import Trainer
 
 PREFIX = "layers."
 """Where the mixtures stand in a checkpoint's state."""
+ALIGNED = 16
+"""A stock model's experts are as wide as a multiple of this: its grouped products want rows of whole 16 bytes."""
 
 
 def expert_width(asked: int | float | None, dense_width: int) -> int:
@@ -83,7 +94,7 @@ class LayerFiles:
         trainer: Its checkpoints' folder says where they lie, and the checkpoint that it loads where others may.
     """
 
-    def __init__(self, trainer: Trainer):
+    def __init__(self, trainer: "Trainer"):
         callback: Any = trainer.checkpoint_callback
         folder = Path(callback.dirpath).parent if callback and callback.dirpath else Path(trainer.default_root_dir)
         self.folder = folder / "layers"
@@ -149,3 +160,107 @@ def read_layer(folder: Path, layer: int) -> dict[str, Tensor]:
 
 def _layer_file(folder: Path, layer: int) -> Path:
     return folder / f"layer_{layer:02d}.safetensors"
+
+
+# ---- models
+
+
+def load_replaced(content: Mapping[str, Any], path: Path, chat: Chat) -> PreTrainedModel:
+    """The dense model with mixtures where its networks stood, in float32 and eval mode.
+
+    Layers that a sequential run has not come to keep their networks.
+
+    Args:
+        content: Of a layer-wise checkpoint.
+        path: Where it lies.
+        chat: The run's, for rows of new markers.
+
+    Raises:
+        ValueError: If the dense model or a finished layer is out of reach.
+    """
+    facts = content["layerwise"]
+    state = content["state_dict"]
+    if facts["mode"] == "sequential":
+        state = gather_layers(state, facts["layer"], path.parent.parent / "layers")
+    model = ModelConfig(facts["source"]).load("the checkpoint's dense model", chat, torch.float32)
+    key = f"the checkpoint's dense model, {facts['source']}"
+    ffns = prove(model, find_ffns(model, key), key)
+    rule = RoutingRule(**facts["rule"])
+    blocks = {}
+    for ffn in ffns:
+        prefix = f"{PREFIX}{ffn.layer}."
+        own = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        if own:
+            moe = new_moe(ffn, own["_widths"].tolist(), rule)
+            moe.load_state_dict(own)
+            blocks[ffn.name] = Replacement(moe)
+    put_in_place(model, blocks, ffns)
+    if rule.kind == "expert_choice":
+        rank_zero_warn(
+            "The experts of this model choose their tokens: written token by token, a text is answered by another "
+            "function than was trained."
+        )
+    return model.eval()
+
+
+def is_replaced(model: PreTrainedModel) -> bool:
+    """Whether a model comes from `load_replaced`."""
+    return any(isinstance(module, Replacement) for module in model.modules())
+
+
+@torch.no_grad()
+def stock_model(model: PreTrainedModel, key: str) -> PreTrainedModel:
+    """The same function as a stock mixture of experts: experts padded with zeros to the widest one of all layers.
+
+    Args:
+        model: From `load_replaced`.
+        key: The option that named the checkpoint, for messages.
+
+    Raises:
+        ValueError: If no stock model can hold it.
+    """
+    moes = {name: block.moe for name, block in model.named_modules() if isinstance(block, Replacement)}
+    rule = next(iter(moes.values())).rule
+    config = model.config
+    if rule.kind == "expert_choice":
+        raise ValueError(
+            f"{key}: the experts choose their tokens, and no stock model has that: train with routing: token_choice, "
+            "or use the checkpoint through this package (generate --model CHECKPOINT)."
+        )
+    if config.model_type not in FAMILIES:
+        raise ValueError(
+            f"{key}: a {config.model_type} has no stock mixture of experts (one of {', '.join(FAMILIES)} has): use the "
+            "checkpoint through this package (generate --model CHECKPOINT)."
+        )
+    if len(moes) < config.num_hidden_layers:
+        raise ValueError(
+            f"{key}: {len(moes)} of {config.num_hidden_layers} layers are trained: let the sequential run come to its "
+            "end with fit."
+        )
+    experts = next(iter(moes.values())).num_experts
+    stock_config = moe_config(config, UpcycleSpec(num_experts=experts, num_experts_per_tok=rule.top_k))
+    widest = max(width for moe in moes.values() for width in moe.widths)
+    widest = -(-widest // ALIGNED) * ALIGNED
+    setattr(stock_config, FAMILIES[config.model_type].width, widest)
+    with no_init_weights():
+        stock = AutoModelForCausalLM.from_config(stock_config, dtype=torch.float32)
+    stock.tie_weights()  # no_init_weights leaves a tied head untied
+    own = dict(model.named_parameters())
+    for name, parameter in stock.named_parameters():
+        if ".mlp." not in name:
+            parameter.copy_(own[name])
+    for name, moe in moes.items():
+        _fill_block(stock.get_submodule(name), moe, widest)
+    stock.generation_config = model.generation_config
+    return stock.eval()
+
+
+def _fill_block(block: Any, moe: MoE, widest: int) -> None:
+    """A stock block, [E, 2F, D] with gate above up, [E, D, F] and [E, D], from a mixture."""
+    assert moe.gate_SD is not None, "the families that have a stock mixture have a gate"
+    block.gate.weight.copy_(moe.router_ED / moe.temperature)
+    gate_up_EFD, down_EDF = block.experts.gate_up_proj.zero_(), block.experts.down_proj.zero_()
+    for e, (rows, width) in enumerate(zip(moe.spans(), moe.widths, strict=True)):
+        gate_up_EFD[e, :width] = moe.gate_SD[rows]
+        gate_up_EFD[e, widest : widest + width] = moe.up_SD[rows]
+        down_EDF[e, :, :width] = moe.down_SD[rows].T

@@ -35,12 +35,15 @@ def export(
 
     import torch
 
+    from agri_moe.models.replaced import is_replaced, stock_model
     from agri_moe.models.upcycle import is_moe, write_moe_config
     from agri_moe.runs import newest_checkpoint
     from agri_moe.trained import load_checkpoint
 
     path = Path(checkpoint) if checkpoint else newest_checkpoint(Path(run_root))[1]
     model, chat = load_checkpoint(path, "--checkpoint")
+    if is_replaced(model):
+        model = stock_model(model, f"--checkpoint {path}")
     for parameter in model.parameters():  # not `model.to`, which rounds the frequencies of rotary positions too
         parameter.data = parameter.data.to(getattr(torch, dtype))
     _set_generation(model, chat)
