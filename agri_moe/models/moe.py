@@ -10,7 +10,7 @@ is dropped), C assignments that each expert has room for, F width of one expert,
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -243,6 +243,16 @@ class MoE(nn.Module):
             return self._grouped(x_AD, assignment.count_E, weights)
         return self._in_turn(x_AD, assignment.count_E, weights)
 
+    @torch.no_grad()
+    def strengths(self, x_ND: Tensor) -> Tensor:
+        """How much each neuron says of the tokens of its expert [S]: sum of squares of what it adds to the answer."""
+        assignment = assign(self.logits(x_ND), self.rule)
+        x_AD = x_ND.to(self.up_SD.dtype)[assignment.token_A]
+        counts = assignment.count_E.tolist()
+        seen = zip(x_AD.split(counts), assignment.weight_A.split(counts), self._parts(self.per_neuron), strict=True)
+        power = [(self._neurons(x, one).float() * weight[:, None]).square().sum(0) for x, weight, one in seen]
+        return torch.cat(power) * self.down_SD.float().square().sum(1)
+
     def _grouped(self, x_AD: Tensor, count_E: Tensor, weights: dict[str, Tensor]) -> Tensor:
         """Experts of one width: three grouped products."""
         ends_E = count_E.cumsum(0).to(torch.int32)
@@ -262,17 +272,23 @@ class MoE(nn.Module):
         for the device once, to know the counts. The weights are split and not sliced: the gradient of a slice is as
         large as the whole.
         """
-        parts = {name: weight.split(list(self.widths)) for name, weight in weights.items()}
-        answers = []
-        for e, x_nD in enumerate(x_AD.split(count_E.tolist())):
-            one = {name: part[e] for name, part in parts.items()}
-            h_nF = F.linear(x_nD, one["up_SD"], one.get("up_bias_S"))
-            if "gate_SD" in one:
-                h_nF = self.act_fn(F.linear(x_nD, one["gate_SD"], one.get("gate_bias_S"))) * h_nF
-            else:
-                h_nF = self.act_fn(h_nF)
-            answers.append(h_nF @ one["down_SD"])
+        answers = [
+            self._neurons(x_nD, one) @ one["down_SD"]
+            for x_nD, one in zip(x_AD.split(count_E.tolist()), self._parts(weights), strict=True)
+        ]
         return torch.cat(answers)
+
+    def _parts(self, weights: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+        """Each expert's rows of what has a row for each neuron."""
+        parts = {name: weight.split(list(self.widths)) for name, weight in weights.items()}
+        return [{name: part[e] for name, part in parts.items()} for e in range(self.num_experts)]
+
+    def _neurons(self, x_nD: Tensor, one: Mapping[str, Tensor]) -> Tensor:
+        """What one expert's neurons say [n, F]."""
+        up_nF = F.linear(x_nD, one["up_SD"], one.get("up_bias_S"))
+        if "gate_SD" not in one:
+            return self.act_fn(up_nF)
+        return self.act_fn(F.linear(x_nD, one["gate_SD"], one.get("gate_bias_S"))) * up_nF
 
 
 class Replacement(nn.Module):

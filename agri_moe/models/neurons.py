@@ -4,6 +4,11 @@ Shapes: N sampled tokens, D model width, F width of the dense network, E experts
 group, Q groups (E / G), S neurons of all experts.
 """
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +20,8 @@ KMEANS_ROUNDS = 15
 PRICE_ROUNDS = 60
 ROUTER_STEPS = 200
 ROUTER_BATCH = 2048
+SPLIT = 0.01
+"""How far the halves of a split neuron are moved apart, over the standard deviation of their row."""
 
 
 def slices(top_k: int, num_experts: int, width: int, dense_width: int) -> int:
@@ -123,3 +130,136 @@ def _router(x_ND: Tensor, group_N: Tensor, groups: int, generator: torch.Generat
         loss.backward()
         optimizer.step()
     return (rows_QD / scale).detach()
+
+
+# ---- neurons change hands
+
+
+@dataclass
+class Reallocation:
+    """When and how experts of high loss grow at the cost of those of low loss; the neurons of a layer stay as many.
+
+    At each end of the order by loss stand `share` of the experts; the highest takes from the lowest, the second from
+    the second, and so on. An expert's loss is the running mean over optimizer steps of its part in the layer's error:
+    the errors of its tokens, weighted by the router and so by its load.
+
+    Args:
+        every_n_steps: Optimizer steps between two reallocations.
+        growth_factor: How much wider an expert gets at most.
+        shrink_factor: How much narrower at most.
+        min_width: Neurons that are never taken from an expert.
+        max_width: Neurons that an expert never exceeds.
+        multiple_of: Neurons change hands in such portions; GPUs like 64.
+        share: Of the experts that grow, and of those that shrink, each time.
+        decay: Weight of the past in the running mean, per optimizer step.
+    """
+
+    every_n_steps: int = 500
+    growth_factor: float = 1.25
+    shrink_factor: float = 0.8
+    min_width: int = 256
+    max_width: int = 8192
+    multiple_of: int = 64
+    share: float = 0.25
+    decay: float = 0.98
+
+    def __post_init__(self) -> None:
+        rules = (
+            ("every_n_steps", self.every_n_steps >= 1, "at least 1"),
+            ("growth_factor", self.growth_factor > 1, "above 1"),
+            ("shrink_factor", 0 < self.shrink_factor < 1, "between 0 and 1"),
+            ("multiple_of", self.multiple_of >= 1, "at least 1"),
+            ("min_width", 1 <= self.min_width <= self.max_width, f"between 1 and max_width, {self.max_width}"),
+            ("share", 0 < self.share <= 0.5, "above 0 and at most 0.5"),
+            ("decay", 0 <= self.decay < 1, "at least 0 and below 1"),
+        )
+        for key, holds, demand in rules:
+            if not holds:
+                raise ValueError(f"model.reallocation.{key} is {getattr(self, key)}: it must be {demand}.")
+
+    def check(self, width: int) -> None:
+        """Find out whether experts of this width can be reallocated.
+
+        Raises:
+            ValueError: If not.
+        """
+        if not self.min_width <= width <= self.max_width or width % self.multiple_of:
+            raise ValueError(
+                f"model.reallocation: experts begin with {width:,} neurons, which must lie between min_width "
+                f"{self.min_width:,} and max_width {self.max_width:,} and be a multiple of multiple_of "
+                f"{self.multiple_of}."
+            )
+
+    def widths(self, widths: Sequence[int], losses: Sequence[float]) -> list[int]:
+        """The next widths, of the same sum."""
+        order = sorted(range(len(widths)), key=lambda e: losses[e])
+        found = list(widths)
+        for low, high in zip(order, reversed(order), strict=True):
+            if order.index(low) >= math.floor(self.share * len(widths)) or losses[high] <= losses[low]:
+                break
+            room = min(
+                widths[high] * (self.growth_factor - 1),
+                widths[low] * (1 - self.shrink_factor),
+                self.max_width - widths[high],
+                widths[low] - self.min_width,
+            )
+            # 0.2 of 80 is 15.999999999999996 in floating point.
+            portion = max(math.floor(room / self.multiple_of + 1e-9), 0) * self.multiple_of
+            found[high] += portion
+            found[low] -= portion
+        return found
+
+
+class Move(NamedTuple):
+    """Where each row of the new order comes from."""
+
+    row_S: Tensor  # int64: the old row
+    split_S: Tensor  # 0: as it was; 1 and -1: one of the two halves of a neuron
+
+
+def plan_move(moe: MoE, widths: Sequence[int], strength_S: Tensor) -> Move:
+    """Which neurons stay with each expert, and which are split.
+
+    An expert that shrinks keeps its strongest, by the mean square of what they add on its own tokens; one that grows
+    splits its strongest.
+    """
+    rows, splits = [], []
+    for span, old, new in zip(moe.spans(), moe.widths, widths, strict=True):
+        strongest = strength_S[span].topk(min(old, new)).indices.sort().values
+        twice = strength_S[span].topk(max(new - old, 0)).indices
+        split = torch.zeros(new, dtype=torch.int64, device=strength_S.device)
+        split[: min(old, new)] = torch.isin(strongest, twice).long()
+        split[min(old, new) :] = -1
+        rows.append(torch.cat([strongest, twice]) + span.start)
+        splits.append(split)
+    return Move(torch.cat(rows), torch.cat(splits))
+
+
+@torch.no_grad()
+def move_neurons(
+    moe: MoE, widths: Sequence[int], move: Move, optimizer: torch.optim.Optimizer, generator: torch.Generator
+) -> None:
+    """Carry out a move, in the weights and in AdamW's moments, in place.
+
+    The halves of a split neuron read with the weights of the whole, moved apart by SPLIT in opposite directions, since
+    equal halves would get equal gradients for ever; each writes half. The answer changes by the square of that only.
+    Halves have half the gradient where they read, so half the first moment and a quarter of the second, and the whole
+    one where they write.
+    """
+    for name, parameter in moe.per_neuron.items():
+        writes = name == "down_SD"
+        values = parameter[move.row_S]
+        halves = (move.split_S != 0).view(-1, *[1] * (parameter.ndim - 1))
+        if writes:
+            values = values.where(~halves, values / 2)
+        elif parameter.ndim > 1:
+            # A neuron's two halves get the same noise, with opposite signs.
+            noise_SD = torch.randn(parameter.shape, generator=generator).to(parameter)[move.row_S]
+            values = values + SPLIT * move.split_S[:, None] * values.std(1, keepdim=True) * noise_SD
+        parameter.copy_(values)
+        state = optimizer.state.get(parameter, {})
+        for key, power in (("exp_avg", 1), ("exp_avg_sq", 2)):
+            if key in state:
+                moments = state[key][move.row_S]
+                state[key].copy_(moments if writes else moments.where(~halves, moments / 2**power))
+    moe.set_widths(widths)
