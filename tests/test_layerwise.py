@@ -80,14 +80,21 @@ def test_sequential_over_epochs_sees_the_same_rows_again(layerwise_config):
         assert all(torch.equal(a, b) for a, b in zip(parallel, again, strict=True))
 
 
-@pytest.mark.parametrize("mode", ["parallel", "sequential", "replaced"])
+MOVING = {"every_n_steps": 2, "min_width": 4, "max_width": 32, "multiple_of": 2, "decay": 0.5}
+
+
+@pytest.mark.parametrize("mode", ["parallel", "sequential", "replaced", "moving"])
 def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(layerwise_config, mode, tmp_path):
     options = {"mode": "parallel"} if mode == "parallel" else {"mode": "sequential"}
+    if mode == "moving":
+        options["reallocation"] = MOVING
     if mode == "replaced":
         options["inputs"] = "replaced"
     whole = fit(layerwise_config("whole.yaml", **options), f"--trainer.default_root_dir={tmp_path / 'whole'}")
     expected = layers_of(whole)
-    for stop in (1, 3, 4, 5) if mode == "sequential" else (3,) if mode == "parallel" else (5,):
+    for stop in (
+        (1, 3, 4, 5) if mode == "sequential" else (2, 7) if mode == "moving" else (3,) if mode == "parallel" else (5,)
+    ):
         root = tmp_path / f"cut{stop}"
         path = layerwise_config(f"cut{stop}.yaml", **options)
 
@@ -199,6 +206,11 @@ def test_accumulation_and_one_batch_give_the_same_gradient(layerwise_config):
         ({"inputs": "replaced"}, r"model\.inputs: replaced needs mode: sequential"),
         ({"routing": "expert_choice", "drop_tokens": True}, r"model\.drop_tokens is for token_choice"),
         ({"router_temperature": 0.0}, r"model\.router_temperature is 0\.0: it must be above 0"),
+        ({"reallocation": {}}, r"model\.reallocation: experts begin with 16 neurons"),
+        (
+            {"reallocation": MOVING, "optimizer": {"name": "adafactor"}},
+            r"model\.optimizer\.name: adafactor has",
+        ),
         ({"capacity_factor": 0.0}, r"model\.capacity_factor is 0\.0"),
     ],
 )
@@ -233,3 +245,23 @@ def test_other_ways_of_routing_train(layerwise_config, options):
         assert values["val/balance_score"] > 1 - 1e-6
     if "router_temperature" in options:
         assert math.isclose(float(cli.model.layers[0].temperature), 1.0)
+
+
+def test_experts_of_high_loss_grow(layerwise_config):
+    parallel = fit(layerwise_config("parallel.yaml", reallocation=MOVING))
+    sequential = fit(layerwise_config("sequential.yaml", reallocation=MOVING, mode="sequential"))
+    assert_same(layers_of(parallel), layers_of(sequential), exactly=False)
+    history = parallel.model.history
+    assert sorted((e["layer"], e["step"]) for e in history) == [(0, 0), (0, 2), (1, 0), (1, 2)]
+    for entry in history:
+        assert sum(entry["widths"]) == 64
+    moved = [entry for entry in history if entry["step"] == 2]
+    for entry in moved:
+        widths, losses = entry["widths"], entry["losses"]
+        assert max(widths) == 18
+        assert widths[losses.index(max(losses))] == 18
+        assert widths[losses.index(min(losses))] == 14
+        assert entry["change"] < 0.2
+    assert sorted(e["widths"] for e in sequential.model.history) == sorted(e["widths"] for e in history)
+    content = torch.load(sorted((parallel.run.folder / "checkpoints").glob("*.ckpt"))[-1], weights_only=True)
+    assert content["layerwise"]["history"] == history

@@ -21,18 +21,20 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from agri_moe.callbacks.figures import log_figure
+from agri_moe.callbacks.widths import draw_widths
 from agri_moe.data.chat import Chat, Segment
 from agri_moe.losses import Routing, balance_loss, hidden_distance, routing
 from agri_moe.metrics import ReplicationError, RoutingStatistics, TermMean, replication_means
 from agri_moe.models.causal import packed_mask
 from agri_moe.models.ffn import FFN, describe, find_ffns, instead, only_first_layers, prove, record
-from agri_moe.models.moe import MoE, RoutingKind, RoutingRule
-from agri_moe.models.neurons import start_at_random, start_from_dense
+from agri_moe.models.moe import Assignment, MoE, RoutingKind, RoutingRule
+from agri_moe.models.neurons import Reallocation, move_neurons, plan_move, start_at_random, start_from_dense
 from agri_moe.models.replaced import LayerFiles, expert_width, layer_facts, new_moe
 from agri_moe.models.source import ModelConfig, check_vocabulary
 from agri_moe.models.training import TrainingModule, warmup_cosine
 from agri_moe.optimizer import OptimizerConfig
-from agri_moe.schedules import Value, bounds, value_at
+from agri_moe.schedules import RunningMean, Value, bounds, value_at
 
 SOURCE = "model.source"
 START_TOKENS = 8192
@@ -75,6 +77,7 @@ class LayerwiseModule(TrainingModule):
         router_noise_scale: A number or a schedule.
         router_temperature: What the router's logits are divided by, a number or a schedule; its value at the end
             stays.
+        reallocation: Let experts of high loss grow at the cost of others; null keeps all of one width.
         optimizer: The rest of the optimizer's settings.
         dtype: Type of the dense model in memory.
         attn_implementation: Its attention kernel, by its Hugging Face name.
@@ -104,6 +107,7 @@ class LayerwiseModule(TrainingModule):
         router_noise: Literal["none", "gaussian", "gumbel"] = "none",
         router_noise_scale: Value = 1.0,
         router_temperature: Value = 1.0,
+        reallocation: Reallocation | None = None,
         optimizer: OptimizerConfig | None = None,
         dtype: Literal["float32", "bfloat16"] = "bfloat16",
         attn_implementation: Literal["sdpa", "eager"] = "sdpa",
@@ -123,6 +127,7 @@ class LayerwiseModule(TrainingModule):
         self.router_noise = router_noise
         self.router_noise_scale = router_noise_scale
         self.router_temperature = router_temperature
+        self.reallocation = reallocation
         self.optimizer_config = optimizer or OptimizerConfig()
         self.dense_dtype: torch.dtype = getattr(torch, dtype)
         self.model_config = ModelConfig(source, attn_implementation=attn_implementation)
@@ -134,6 +139,7 @@ class LayerwiseModule(TrainingModule):
         self._layer_steps = 0
         self._micro = 0  # micro-batches of the optimizer step under way
         self._sums: dict[int, Tensor] = {}  # layer -> what its log is made of, for the step under way
+        self._judged: dict[int, Tensor] = {}  # layer -> errors by expert, and tokens, of the step under way
         self._start_batches: list[Batch] = []
         self._replaced: list[MoE] = []  # finished layers, where the next ones read what they say
 
@@ -147,7 +153,14 @@ class LayerwiseModule(TrainingModule):
         check_vocabulary(self.source, config, chat, SOURCE)
         with torch.device("meta"):
             ffns = find_ffns(AutoModelForCausalLM.from_config(config), f"{SOURCE}: {self.source}")
-        expert_width(self.expert_width, ffns[0].width)
+        width = expert_width(self.expert_width, ffns[0].width)
+        if self.reallocation is not None:
+            self.reallocation.check(width)
+            if self.optimizer_config.name != "adamw":
+                raise ValueError(
+                    f"model.optimizer.name: {self.optimizer_config.name} has moments that cannot go with a neuron from "
+                    "expert to expert; use adamw, or leave model.reallocation out."
+                )
 
     def _check_numbers(self) -> None:
         experts, top_k = self.num_experts, self.rule.top_k
@@ -222,6 +235,10 @@ class LayerwiseModule(TrainingModule):
         width = expert_width(self.expert_width, self.ffns[0].width)
         self.layers = nn.ModuleList(new_moe(self.ffns[0], [width] * self.num_experts, self.rule) for _ in range(count))
         layers = len(self.ffns)
+        decay = self.reallocation.decay if self.reallocation else 0.0
+        self.expert_losses = nn.ModuleList(
+            RunningMean(self.num_experts, decay=decay) for _ in range(count if self.reallocation else 0)
+        )
         self.register_buffer("target_power", torch.ones(layers, dtype=torch.float32))
         self.val_replication = ReplicationError(layers)
         self.val_routing = RoutingStatistics(layers, self.num_experts)
@@ -331,6 +348,9 @@ class LayerwiseModule(TrainingModule):
                 start_from_dense(moe, ffn, x_ND, generator)
             else:
                 start_at_random(moe, ffn.down.weight.float().std().item(), generator)
+            if self.reallocation is not None:
+                self._expert_loss(slot).reset()
+                self._note(layer, moe)
             self.target_power[layer] = y_ND.float().square().mean().to(self.target_power.device)
         if self.trainer.world_size > 1:  # each rank has looked at rows of its own
             for tensor in (*self.layers.state_dict().values(), self.target_power):
@@ -349,6 +369,9 @@ class LayerwiseModule(TrainingModule):
                 self._begin([due])
                 self._unlog()
         self._micro = batch_idx % self.trainer.accumulate_grad_batches
+        due = self.reallocation is not None and self.layer_step % self.reallocation.every_n_steps == 0
+        if due and self.layer_step and not self._micro:
+            self._reallocate(batch)
         if self.layer_step == 0 and self._micro == 0 and self._one_at_a_time:
             rank_zero_info(f"Layer {self.layer + 1} of {len(self.ffns)}: {self._layer_steps} steps.")
         for _, moe in self._moes():
@@ -371,6 +394,35 @@ class LayerwiseModule(TrainingModule):
         """Put the last layer away, if training has come to its end."""
         if self._one_at_a_time and self.global_step >= self._layer_steps * len(self.ffns):
             self._finish()
+
+    # ------------------------------------------------------------------ neurons change hands
+
+    def _expert_loss(self, slot: int) -> RunningMean:
+        mean = self.expert_losses[slot]
+        assert isinstance(mean, RunningMean)
+        return mean
+
+    @torch.no_grad()
+    def _reallocate(self, batch: Batch) -> None:
+        """Give experts of high loss neurons of others, judged by the tokens of this micro-batch on all ranks."""
+        assert self.reallocation is not None, "asked before"
+        for slot, (layer, moe) in enumerate(self._moes()):
+            losses = self._expert_loss(slot).value.tolist()
+            widths = self.reallocation.widths(moe.widths, losses)
+            if widths == list(moe.widths):
+                continue
+            with self.trainer.precision_plugin.forward_context():
+                ((x_ND, _),) = self._read(batch, [layer])
+            strength_S = self.trainer.strategy.reduce(moe.strengths(x_ND), reduce_op="sum")
+            before_ND = moe(x_ND).output_ND
+            generator = torch.Generator().manual_seed(hash((self.seed, self.layer_step, layer)) % 2**32)
+            move_neurons(moe, widths, plan_move(moe, widths, strength_S), self.trainer.optimizers[0], generator)
+            change = (moe(x_ND).output_ND - before_ND).norm() / before_ND.norm()
+            self._note(layer, moe, losses=losses, change=change.item())
+        log_figure(self.trainer, "expert_widths", draw_widths(self.history))
+
+    def _note(self, layer: int, moe: MoE, **more: Any) -> None:
+        self.history.append({"layer": layer, "step": self.layer_step, "widths": list(moe.widths)} | more)
 
     # ------------------------------------------------------------------ steps
 
@@ -423,6 +475,8 @@ class LayerwiseModule(TrainingModule):
         routed = self._routing(out.logits_NE, out.assignment.load_E)
         balance = balance_loss(routed)[0]
         step = self.layer_step
+        if self.reallocation is not None:
+            self._judge(layer, error_N.detach(), out.assignment)
         per_token = self.replicas / batch["step_tokens"].clamp(min=1).float()
         per_batch = self.replicas / batch["step_batches"].clamp(min=1).float()
         loss = per_token * error_N.sum() + value_at(self.balance_weight, step) * per_batch * balance
@@ -432,6 +486,13 @@ class LayerwiseModule(TrainingModule):
         seen = torch.stack([*(value.detach().float() for value in sums), torch.ones_like(routed.tokens)])
         self._sums[layer] = self._sums[layer] + seen if layer in self._sums else seen
         return loss, routed
+
+    def _judge(self, layer: int, error_N: Tensor, assignment: Assignment) -> None:
+        """Add each expert's part in the errors of its tokens to those of the step."""
+        part_A = assignment.weight_A.detach().float() * error_N[assignment.token_A]
+        loss_E = torch.zeros(self.num_experts, device=part_A.device).index_add(0, assignment.experts, part_A)
+        seen = torch.cat([loss_E, loss_E.new_tensor([len(error_N)])])
+        self._judged[layer] = self._judged[layer] + seen if layer in self._judged else seen
 
     def _routing(self, logits_NE: Tensor, load_E: Tensor) -> Routing:
         everyone_N = torch.ones_like(logits_NE[:, 0], dtype=torch.bool)
@@ -461,6 +522,10 @@ class LayerwiseModule(TrainingModule):
         for name in ("relative_error", "cosine"):
             self.log_dict({layer_name(f"train/{name}", i): v for i, v in zip(layers, values[name], strict=True)})
         self.log("train/learning_rate", self.learning_rate * self._schedule(self.global_step))
+        for slot, layer in enumerate(self.indices if self._judged else []):
+            seen = self.trainer.strategy.reduce(self._judged[layer], reduce_op="sum")
+            self._expert_loss(slot).update(seen[:-1] / seen[-1].clamp(min=1), seen[-1] > 0)
+        self._judged.clear()
         if self._one_at_a_time:
             self.log("layer", float(self.layer + 1), prog_bar=True)
 
