@@ -131,7 +131,7 @@ def test_replaced_inputs_are_what_the_replaced_model_gives(layerwise_config, den
 
 @pytest.mark.parametrize("mode", ["parallel", "sequential"])
 def test_validate_scores_all_layers_and_the_replaced_model(layerwise_config, mode):
-    fitted = fit(layerwise_config(mode=mode))
+    fitted = fit(layerwise_config(mode=mode, reallocation=MOVING))
     cli = main(
         [
             "validate",

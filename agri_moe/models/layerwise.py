@@ -37,6 +37,7 @@ from agri_moe.optimizer import OptimizerConfig
 from agri_moe.schedules import RunningMean, Value, bounds, value_at
 
 SOURCE = "model.source"
+MEANS = "expert_losses."
 START_TOKENS = 8192
 """Tokens that a layer's start looks at; 16 groups then have 512 each to choose their neurons by."""
 HEAD_ROWS = 512
@@ -137,6 +138,7 @@ class LayerwiseModule(TrainingModule):
         self._filled = False  # whether the mixtures have weights
         self.rows_again_after: int | None = None  # what the sampler of rows asks
         self._layer_steps = 0
+        self._one_layer: tuple[int, int | None] | None = None  # steps and epochs, while the trainer counts all layers
         self._micro = 0  # micro-batches of the optimizer step under way
         self._sums: dict[int, Tensor] = {}  # layer -> what its log is made of, for the step under way
         self._judged: dict[int, Tensor] = {}  # layer -> errors by expert, and tokens, of the step under way
@@ -287,10 +289,18 @@ class LayerwiseModule(TrainingModule):
                     f"{batches // accumulate * accumulate}, or whole epochs as trainer.max_epochs."
                 )
             self.rows_again_after = steps // per_epoch * batches + rest
+        self._one_layer = self.trainer.max_steps, self.trainer.max_epochs
         if self.trainer.max_steps > 0:
             loop.epoch_loop.max_steps = steps * layers
         else:
             loop.max_epochs = self.trainer.max_epochs * layers  # type: ignore[operator]
+
+    def teardown(self, stage: str) -> None:
+        """Let the trainer count one layer again."""
+        if self._one_layer is not None:
+            loop: Any = self.trainer.fit_loop
+            loop.epoch_loop.max_steps, loop.max_epochs = self._one_layer
+            self._one_layer = None
 
     # ------------------------------------------------------------------ the start of a layer
 
@@ -406,13 +416,13 @@ class LayerwiseModule(TrainingModule):
     def _reallocate(self, batch: Batch) -> None:
         """Give experts of high loss neurons of others, judged by the tokens of this micro-batch on all ranks."""
         assert self.reallocation is not None, "asked before"
-        for slot, (layer, moe) in enumerate(self._moes()):
+        with self.trainer.precision_plugin.forward_context():
+            pairs = self._read(batch, self.indices)
+        for slot, ((layer, moe), (x_ND, _)) in enumerate(zip(self._moes(), pairs, strict=True)):
             losses = self._expert_loss(slot).value.tolist()
             widths = self.reallocation.widths(moe.widths, losses)
             if widths == list(moe.widths):
                 continue
-            with self.trainer.precision_plugin.forward_context():
-                ((x_ND, _),) = self._read(batch, [layer])
             strength_S = self.trainer.strategy.reduce(moe.strengths(x_ND), reduce_op="sum")
             before_ND = moe(x_ND).output_ND
             generator = torch.Generator().manual_seed(hash((self.seed, self.layer_step, layer)) % 2**32)
@@ -654,10 +664,11 @@ class LayerwiseModule(TrainingModule):
         """Go on with the layer that was in training; for an evaluation put all layers in their places."""
         if "layerwise" not in checkpoint:
             raise ValueError("the checkpoint is not of a LayerwiseModule: give one of the run's own.")
-        facts = checkpoint["layerwise"]
+        facts, state = checkpoint["layerwise"], checkpoint["state_dict"]
         self._filled = True
         self.history = facts["history"]
-        state = checkpoint["state_dict"]
+        if self.trainer.state.fn == "fit" and facts["mode"] != self.mode:
+            raise ValueError(f"the checkpoint was made with mode: {facts['mode']}: set model.mode as it was.")
         if self._one_at_a_time:
             if facts["layer_steps"] != self._layer_steps:
                 raise ValueError(
@@ -673,7 +684,13 @@ class LayerwiseModule(TrainingModule):
                     self._replaced.append(moe.requires_grad_(False))
         elif facts["mode"] == "sequential":
             self.layers = self.layers[: facts["layer"] + 1]  # of a run that has not come further
-            checkpoint["state_dict"] = self.files.gathered(state, facts["layer"])
+            self.expert_losses = self.expert_losses[: facts["layer"] + 1]
+            state = checkpoint["state_dict"] = self.files.gathered(state, facts["layer"])
+        # Running means begin afresh where the checkpoint has none, and are dropped where none are asked for.
+        means = {name: tensor for name, tensor in self.state_dict().items() if name.startswith(MEANS)}
+        for name in [name for name in state if name.startswith(MEANS) and name not in means]:
+            del state[name]
+        state.update({name: tensor for name, tensor in means.items() if name not in state})
 
 
 def _joined(routed: Sequence[Routing]) -> Routing:
