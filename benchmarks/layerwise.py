@@ -22,6 +22,7 @@ frozen pass without the head, and three times the active experts), as in step.py
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -42,12 +43,13 @@ from ablation import SETTINGS, Ablation, Training, qwen3, remember, trainer
 from jsonargparse import ArgumentParser
 from measure import Cell, Product, Products, Step, apart, in_turns, mark, ratio, report, table
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from agri_moe.data.chat_data import ChatDataModule
 from agri_moe.data.synthetic import write_corpus
 from agri_moe.models.causal import packed_mask
-from agri_moe.models.ffn import put_in_place
+from agri_moe.models.ffn import find_ffns, put_in_place
 from agri_moe.models.layerwise import LayerwiseModule
 from agri_moe.models.moe import MoE, Replacement
 from agri_moe.models.replaced import stock_model
@@ -71,6 +73,8 @@ END_TO_END = ("half", "quarter")
 """Cells whose stock model is distilled from the dense one for a while."""
 RATE = {"learning_rate": 1e-3, "balance_weight": 0.02, "optimizer": {"warmup_steps": 50}}
 
+HELD_OUT_EVERY = 5
+
 Result = dict[str, Any]
 
 # ---------------------------------------------------------------------- models and rows
@@ -90,9 +94,29 @@ def dense_model(family: str, output: Path) -> Path:
     return ablation.pretrained(family, replace(training, shape=llama(128, 6, 384)), 0)[0]
 
 
+class Rows(ChatDataModule):
+    """The real rows, of which every HELD_OUT_EVERY-th batch is scored: the longest rows are packed first."""
+
+    def val_dataloader(self) -> Any:
+        """Those batches."""
+        batches: Any = list(itertools.islice(super().val_dataloader(), 0, None, HELD_OUT_EVERY))
+        return DataLoader(batches, batch_size=None)
+
+
 def rows(output: Path, tokens_per_batch: int) -> ChatDataModule:
     """The real rows, in one order for all."""
-    return Ablation(replace(SETTINGS["real"], tokens_per_batch=tokens_per_batch), output).data(0)
+    setting = SETTINGS["real"]
+    corpus = Ablation(setting, output).corpus
+    return Rows(
+        train=corpus.train,
+        validation=corpus.validation,
+        tokenizer=corpus.tokenizer,
+        format=corpus.format,
+        max_length=setting.max_length,
+        tokens_per_batch=tokens_per_batch,
+        bad_rows="skip",
+        cache_dir=str(output / "cache"),
+    )
 
 
 def build(module: str, options: Mapping[str, Any]) -> Any:
@@ -201,8 +225,7 @@ def as_stock(module: LayerwiseModule, folder: Path) -> Path:
     blocks = {ffn.name: Replacement(moe) for ffn, moe in zip(module.ffns, module.layers, strict=True)}  # type: ignore[arg-type]
     model = AutoModelForCausalLM.from_pretrained(module.source, dtype=torch.float32)
     model.load_state_dict(module.dense.state_dict())  # with the rows of new markers
-    ffns = [replace(ffn, owner=model.get_submodule(ffn.name)) for ffn in module.ffns]
-    put_in_place(model, blocks, ffns)
+    put_in_place(model, blocks, find_ffns(model, "cell"))
     stock_model(model, "cell").save_pretrained(folder)
     return folder
 
