@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from agri_moe.cli import main
+from tests.test_cli import scalars
+from tests.test_two_ranks import launch
 
 COOLING = {"start": 2.0, "end": 1.0, "steps": 4}
 
@@ -265,3 +267,27 @@ def test_experts_of_high_loss_grow(layerwise_config):
     assert sorted(e["widths"] for e in sequential.model.history) == sorted(e["widths"] for e in history)
     content = torch.load(sorted((parallel.run.folder / "checkpoints").glob("*.ckpt"))[-1], weights_only=True)
     assert content["layerwise"]["history"] == history
+
+
+def test_two_ranks_train_as_one(layerwise_config, tmp_path):
+    """From a random start; the scale of the squared error is the first rank's sample's, hence the tolerance."""
+    off = {"balance_weight": 0.0, "init_from_dense": False, "mode": "sequential"}
+    fit(
+        layerwise_config("one.yaml", accumulate=1, **off),
+        f"--trainer.default_root_dir={tmp_path / 'one'}",
+        "--data.tokens_per_batch=2048",
+    )
+    path = layerwise_config("two.yaml", accumulate=1, **off)
+    launch(path, f"--trainer.default_root_dir={tmp_path / 'two'}", "--trainer.devices=2", "--trainer.strategy=ddp")
+    runs = [tmp_path / name / "lightning_logs" / "version_0" for name in ("one", "two")]
+    first, second = map(scalars, runs)
+    for tag in ("train/relative_error", "train/cosine", "train/router_z"):
+        assert [step for step, _ in first[tag]] == list(range(8))
+        assert [v for _, v in second[tag]] == pytest.approx([v for _, v in first[tag]], rel=0.02), tag
+    assert len(list((runs[1] / "layers").glob("*.safetensors"))) == 2
+
+
+def test_streamed_rows_start_and_train(layerwise_config):
+    cli = fit(layerwise_config(mode="sequential"), "--data.streaming=true", "--data.shuffle_buffer=16")
+    assert cli.trainer.global_step == 8
+    assert cli.trainer.callback_metrics["train/relative_error"].isfinite()

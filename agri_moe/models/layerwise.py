@@ -427,7 +427,7 @@ class LayerwiseModule(TrainingModule):
             before_ND = moe(x_ND).output_ND
             generator = torch.Generator().manual_seed(hash((self.seed, self.layer_step, layer)) % 2**32)
             move_neurons(moe, widths, plan_move(moe, widths, strength_S), self.trainer.optimizers[0], generator)
-            change = (moe(x_ND).output_ND - before_ND).norm() / before_ND.norm()
+            change = (moe(x_ND).output_ND - before_ND).norm() / before_ND.norm().clamp(min=1e-12)
             self._note(layer, moe, losses=losses, change=change.item())
         log_figure(self.trainer, "expert_widths", draw_widths(self.history))
 
@@ -522,8 +522,9 @@ class LayerwiseModule(TrainingModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the finished step: means over its tokens, and over layers."""
-        layers = sorted(self._sums)
-        sums = torch.stack([self._sums[layer] for layer in layers])
+        layers = self.indices
+        nothing = torch.zeros(7, device=self.device)  # on a rank whose micro-batches were all empty
+        sums = torch.stack([self._sums.get(layer, nothing) for layer in layers])
         sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
         self._sums.clear()
         values = replication_means(sums[:, :4])
@@ -532,8 +533,9 @@ class LayerwiseModule(TrainingModule):
         for name in ("relative_error", "cosine"):
             self.log_dict({layer_name(f"train/{name}", i): v for i, v in zip(layers, values[name], strict=True)})
         self.log("train/learning_rate", self.learning_rate * self._schedule(self.global_step))
-        for slot, layer in enumerate(self.indices if self._judged else []):
-            seen = self.trainer.strategy.reduce(self._judged[layer], reduce_op="sum")
+        nothing = torch.zeros(self.num_experts + 1, device=self.device)
+        for slot, layer in enumerate(layers if self.reallocation else []):
+            seen = self.trainer.strategy.reduce(self._judged.get(layer, nothing), reduce_op="sum")
             self._expert_loss(slot).update(seen[:-1] / seen[-1].clamp(min=1), seen[-1] > 0)
         self._judged.clear()
         if self._one_at_a_time:
