@@ -227,6 +227,7 @@ def as_stock(module: LayerwiseModule, folder: Path) -> Path:
     model.load_state_dict(module.dense.state_dict())  # with the rows of new markers
     put_in_place(model, blocks, find_ffns(model, "cell"))
     stock_model(model, "cell").save_pretrained(folder)
+    module.chat.save(folder)  # without it, the markers' rows would be taken for untrained ones
     return folder
 
 
@@ -238,7 +239,7 @@ def distilled(stock: Path, source: Path, data: ChatDataModule, steps: int) -> fl
         "student": {"source": str(stock)},
         "teacher": {"source": str(source), "view": "same", "dtype": "float32"},
         "objective": terms,
-        "learning_rate": 3e-4,
+        "learning_rate": 2e-4,
         "optimizer": {"warmup_steps": 20},
     }
     lightning.seed_everything(0, verbose=False)

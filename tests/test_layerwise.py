@@ -291,3 +291,22 @@ def test_streamed_rows_start_and_train(layerwise_config):
     cli = fit(layerwise_config(mode="sequential"), "--data.streaming=true", "--data.shuffle_buffer=16")
     assert cli.trainer.global_step == 8
     assert cli.trainer.callback_metrics["train/relative_error"].isfinite()
+
+
+def test_another_run_goes_on_from_a_checkpoint_and_takes_the_finished_layers_along(layerwise_config, capsys):
+    path = layerwise_config(mode="sequential")
+    first = fit(path)
+    checkpoint = first.run.folder / "checkpoints" / "step=00000006.ckpt"
+    second = fit(path, f"--resume={checkpoint}")
+    assert second.run.folder != first.run.folder
+    assert_same(layers_of(second), layers_of(first))
+    with pytest.raises(SystemExit):
+        fit(path, f"--resume={checkpoint}", "--trainer.max_steps=5")
+    assert "give each layer 5 steps, the checkpoint was made with 4" in capsys.readouterr().err
+
+
+def test_what_is_no_language_model_is_refused_by_plan(layerwise_config, capsys, no_models):
+    path = layerwise_config()
+    with pytest.raises(SystemExit):
+        main(["plan", "--config", path])
+    assert "plan adds up what training a language model costs" in capsys.readouterr().err

@@ -674,8 +674,8 @@ class LayerwiseModule(TrainingModule):
         if self._one_at_a_time:
             if facts["layer_steps"] != self._layer_steps:
                 raise ValueError(
-                    f"trainer.max_steps or max_epochs give each layer {self._layer_steps} steps, the checkpoint was "
-                    f"made with {facts['layer_steps']}: set them as they were."
+                    f"trainer.max_steps or max_epochs give each layer {self._layer_steps} steps, the checkpoint "
+                    f"was made with {facts['layer_steps']}: set them as they were."
                 )
             self.layer = facts["layer"]
             self.files.bring(self.layer)
