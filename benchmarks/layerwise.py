@@ -344,10 +344,11 @@ def random_run(
     folder: Path, mode: str, layers: int, shape: Mapping[str, int], tokens: int
 ) -> tuple[LayerwiseModule, ChatDataModule]:
     """A module over a model with random weights, and rows of the embedded corpus; everything lies in `folder`."""
-    write_corpus(folder / "corpus", train_rows=120, validation_rows=8, vocab_size=600)
-    config = qwen3(shape["width"], layers, shape["inner"]) | {"vocab_size": 768}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
-    model.save_pretrained(folder / "model")
+    if not (folder / "model").exists():
+        write_corpus(folder / "corpus", train_rows=120, validation_rows=8, vocab_size=600)
+        config = qwen3(shape["width"], layers, shape["inner"]) | {"vocab_size": 768}
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
+        model.save_pretrained(folder / "model")
     options = {
         "source": str(folder / "model"),
         "dtype": "float32",
@@ -477,7 +478,7 @@ def one_step(
         {"source": str(folder / "model"), "dtype": "float32", "expert_width": 0.5, **OPTIONS[name]},
     )
     keep = Steps(lambda _, batch: made.update(batch=batch))
-    trainer(max_steps=2, limit_val_batches=0, callbacks=[keep]).fit(module, datamodule=data)
+    trainer(max_steps=1, limit_val_batches=0, callbacks=[keep]).fit(module, datamodule=data)
     if name == "unequal widths":
         for moe in module.layers:
             assert isinstance(moe, MoE)
@@ -500,10 +501,7 @@ def throughput(arguments: argparse.Namespace) -> None:
     """Every option's step in turns, and the products."""
     names = list(OPTIONS)
     with tempfile.TemporaryDirectory() as name:
-        made = {
-            one: one_step(Path(name) / str(i), one, arguments.step_tokens, STEP_LAYERS, STEP_SHAPE)
-            for i, one in enumerate(names)
-        }
+        made = {one: one_step(Path(name), one, arguments.step_tokens, STEP_LAYERS, STEP_SHAPE) for one in names}
         module, batch, _ = made[names[0]]
         tokens = len(batch["positions"])
         products = Products(step_products(module, tokens))
