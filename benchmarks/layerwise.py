@@ -56,7 +56,7 @@ from agri_moe.models.replaced import stock_model
 from agri_moe.models.training import TrainingModule
 
 OUTPUT = Path(__file__).parent / "output" / "layerwise"
-DYNAMIC = {"every_n_steps": 100, "min_width": 16, "max_width": 384, "multiple_of": 8}
+DYNAMIC = {"every_n_steps": 250, "min_width": 16, "max_width": 384, "multiple_of": 8}
 CHOICE = {"routing": "expert_choice", "capacity_factor": 1.0}
 CELLS: dict[str, dict[str, Any]] = {
     "same": {"expert_width": 1.0},
@@ -71,7 +71,7 @@ CELLS: dict[str, dict[str, Any]] = {
 """Name of a cell -> options of the module."""
 END_TO_END = ("half", "quarter")
 """Cells whose stock model is distilled from the dense one for a while."""
-RATE = {"learning_rate": 1e-3, "balance_weight": 0.02, "optimizer": {"warmup_steps": 50}}
+RATE = {"learning_rate": 5e-4, "balance_weight": 0.02, "optimizer": {"warmup_steps": 50}}
 
 HELD_OUT_EVERY = 5
 

@@ -7,8 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from agri_moe.cli import main
+from agri_moe.trained import load_checkpoint
 from tests.test_cli import scalars
 from tests.test_two_ranks import launch
 
@@ -310,3 +312,30 @@ def test_what_is_no_language_model_is_refused_by_plan(layerwise_config, capsys, 
     with pytest.raises(SystemExit):
         main(["plan", "--config", path])
     assert "plan adds up what training a language model costs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_bfloat16(layerwise_config, precision):
+    cli = fit(
+        layerwise_config(dtype="bfloat16", expert_width=0.5, learning_rate=1e-5), f"--trainer.precision={precision}"
+    )
+    assert cli.trainer.callback_metrics["val/cosine"] > 0.99
+    assert cli.model.dense.dtype == torch.bfloat16
+    trained = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    assert cli.model.layers[0].up_SD.dtype == trained
+
+
+def test_two_matrices_and_biases_train(layerwise_config, tmp_path, corpus):
+    """A family without a gate, and without a stock mixture: through the package all the same."""
+    source = AutoConfig.for_model(
+        "gpt_neox", vocab_size=768, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(source).save_pretrained(tmp_path / "neox")
+    cli = fit(layerwise_config(source=str(tmp_path / "neox"), expert_width=0.5, mode="sequential", learning_rate=1e-5))
+    assert cli.trainer.callback_metrics["val/cosine"] > 0.99
+    checkpoint = sorted((cli.run.folder / "checkpoints").glob("*.ckpt"))[-1]
+    with pytest.raises(SystemExit):
+        main(["export", "--checkpoint", str(checkpoint), "--output", str(tmp_path / "stock")])
+    model, _ = load_checkpoint(checkpoint, "--model")
+    assert model(torch.arange(8)[None]).logits.isfinite().all()

@@ -678,7 +678,9 @@ class LayerwiseModule(TrainingModule):
                     f"was made with {facts['layer_steps']}: set them as they were."
                 )
             self.layer = facts["layer"]
-            self.files.bring(self.layer)
+            if self.trainer.is_global_zero:
+                self.files.bring(self.layer)
+            self.trainer.strategy.barrier()
             if self.inputs == "replaced":
                 for layer in range(self.layer):
                     moe = copy.deepcopy(self._moe(0))
