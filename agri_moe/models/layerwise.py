@@ -65,7 +65,8 @@ class LayerwiseModule(TrainingModule):
         expert_width: Neurons of each expert: a share of the dense network's up to 1, or a number of them; null is
             all of them.
         init_from_dense: Begin with neurons of the dense network, see `start_from_dense`; otherwise at random.
-        mode: `parallel`: all layers at once. `sequential`: one layer after the other in the memory of one; the dense
+        mode: `parallel`: all layers at once, in the memory of all mixtures, their moments, and what every network reads
+            and writes of a micro-batch. `sequential`: one layer after the other in the memory of one; the dense
             model ends after it; finished layers lie in the run's folder, under layers/.
         inputs: Sequential layers read what the `dense` model gives them, or the model whose layers before are
             `replaced` already: these are then all in memory, without gradients.
