@@ -46,6 +46,11 @@ TOOLS = {
         "write a teacher's answers to disk, for training without it",
         "cache --config configs/distill_cached.yaml --output teacher_cache",
     ),
+    "compress": (
+        "agri_moe.tools.compress:compress",
+        "give the experts of a Mixture-of-Experts one FFN in common, with small changes for each",
+        "compress --source Qwen/Qwen3-30B-A3B --output compressed --rank 128",
+    ),
     "plan": (
         "agri_moe.tools.plan:plan",
         "tell what a config will cost in memory, time and disk, before it runs",

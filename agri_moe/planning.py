@@ -23,6 +23,7 @@ from agri_moe.models.base import LanguageModule, parameter_counts
 from agri_moe.models.causal import CausalModel
 from agri_moe.models.checkpoint_files import load_config
 from agri_moe.models.distill import ANCHOR, TEACHER, DistillModule, head_rows
+from agri_moe.models.experts import visits
 from agri_moe.rehearsal import Models, Rehearsal, Rows, Setting, rehearse
 from agri_moe.training_cli import TrainingCLI, run_training
 
@@ -212,7 +213,6 @@ def weigh(config: PreTrainedConfig, trained: frozenset[str], projections: dict[t
     with torch.device("meta"):
         model = CausalModel(AutoModelForCausalLM.from_config(config), projections)
     total, active, _ = parameter_counts(model)
-    share = model.top_k / model.num_experts if model.num_experts else 0
     body = body_trained = 0.0
     layers: dict[str, int] = {}
     learns = sum(p.numel() for p in model.projections.parameters())
@@ -222,7 +222,7 @@ def weigh(config: PreTrainedConfig, trained: frozenset[str], projections: dict[t
         if (layer := re.search(r"\.layers\.(\d+)\.", name)) is None:
             continue
         layers[layer[1]] = layers.get(layer[1], 0) + numbers
-        visited = numbers * (share if ".experts." in name else 1) * (parameter.ndim > 1)
+        visited = numbers * visits(name, model.top_k, model.num_experts) * (parameter.ndim > 1)
         body += visited
         body_trained += visited * (name in trained)
     head = model.hf.get_output_embeddings().weight

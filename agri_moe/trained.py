@@ -12,7 +12,6 @@ from transformers.initialization import no_init_weights
 
 from agri_moe.data.chat import Chat
 from agri_moe.models.checkpoint_files import load_config
-from agri_moe.models.replaced import load_replaced
 from agri_moe.runs import damage
 
 PREFIX = "model.hf."
@@ -54,6 +53,8 @@ def load_checkpoint(path: Path, key: str) -> tuple[PreTrainedModel, Chat]:
     else:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if "layerwise" in content:
+        from agri_moe.models.replaced import load_replaced  # with Lightning, which takes seconds
+
         chat = Chat.load(str(tokenizer))
         return load_replaced(content, path, chat), chat
     config = AutoConfig.for_model(**content["hf_config"])

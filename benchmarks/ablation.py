@@ -321,6 +321,8 @@ class Ablation:
         output: Folder of results and models.
     """
 
+    scored = SCORED
+
     def __init__(self, setting: Setting, output: Path) -> None:
         self.setting = setting
         self.output = output
@@ -330,19 +332,22 @@ class Ablation:
         else:
             self.corpus = real_corpus(output / "small_tokenizer", setting.whole_vocabulary)
 
+    @property
+    def rows(self) -> dict[str, Any]:
+        """The rows as a config names them, without the format and the seed."""
+        return {
+            "train": self.corpus.train,
+            "validation": self.corpus.validation,
+            "tokenizer": self.corpus.tokenizer,
+            "max_length": self.setting.max_length,
+            "tokens_per_batch": self.setting.tokens_per_batch,
+            "bad_rows": "skip",  # the longest Hindi passages
+            "cache_dir": str(self.output / "cache"),
+        }
+
     def data(self, seed: int) -> ChatDataModule:
         """The rows in the order of a seed."""
-        return ChatDataModule(
-            train=self.corpus.train,
-            validation=self.corpus.validation,
-            tokenizer=self.corpus.tokenizer,
-            format=self.corpus.format,
-            max_length=self.setting.max_length,
-            tokens_per_batch=self.setting.tokens_per_batch,
-            bad_rows="skip",  # the longest Hindi passages
-            seed=seed,
-            cache_dir=str(self.output / "cache"),
-        )
+        return ChatDataModule(**self.rows, format=self.corpus.format, seed=seed)
 
     def fit(
         self, module: str, options: dict[str, Any], training: Training, seed: int
@@ -444,17 +449,19 @@ class Ablation:
         self, student: dict[str, Any], weights: dict[str, Tensor] | None = None, sparse: bool = True
     ) -> dict[str, Any]:
         """Every measure of a student, or of that student with other weights."""
-        terms = {name: term for name, term in SCORED.items() if sparse or name != "diversity"}
+        terms = {name: term for name, term in self.scored.items() if sparse or name != "diversity"}
         options = {"student": student, "teacher": self.teacher_config(), "objective": terms}
         module = build("distill.DistillModule", options)
-        monitor = MeanCKA(self.setting.cka_every)
-        callbacks = [monitor, *([Weights(weights)] if weights else [])]
+        monitors = [MeanCKA(self.setting.cka_every)] if "cka" in terms else []
+        callbacks = [*monitors, *([Weights(weights)] if weights else [])]
         data = self.data(0)  # packing depends on the seed, and all are scored on the same batches
         scorer = trainer(callbacks=callbacks)
         scorer.validate(module, datamodule=data, verbose=False)
         values = {key.removeprefix("val/"): float(value) for key, value in scorer.callback_metrics.items()}
         total, active, _ = parameter_counts(module.model)
-        values |= {"cka": monitor.value, "total": total, "active": active}
+        values |= {"total": total, "active": active}
+        if monitors:
+            values["cka"] = monitors[0].value
         return values | (self.answer(module, data.chat) if self.setting.answers else {})
 
     def answer(self, module: LanguageModule, chat: Chat) -> dict[str, float]:

@@ -2,17 +2,20 @@
 
 import json
 import math
+import shutil
 import sys
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import cached
 import contestants
 import gpu
 import growth
@@ -23,6 +26,7 @@ import run_all
 import step
 import upcycle
 
+from agri_moe.data.logit_cache import LogitCache, to_arrays
 from agri_moe.models.upcycle import UpcycleSpec
 from agri_moe.models.upcycle import upcycle as write_upcycled
 from agri_moe.objective import Objective
@@ -301,6 +305,69 @@ def test_the_real_shapes_are_those_of_the_hub():
                  for c in (setting.teacher, setting.student)]  # fmt: skip
     # Qwen3-14B's card: 14.8B; Qwen3-0.6B has 28 layers of 3 x 1024 x 3072 in its FFN, of which there are now 7 more.
     assert sizes == [14_768_307_200, 596_049_920 + 28 * (7 * 3 * 1024 * 3072 + 8 * 1024)]
+
+
+# ---------------------------------------------------------------------- training from a cache
+
+
+def test_excess_and_marks_by_hand():
+    def cell(values):
+        return {seed: {"ce": 1.0, "kl": value} for seed, value in enumerate(values)}
+
+    names = (cached.ONLINE, cached.TOP, cached.NO_TAIL)
+    values = ([1.0, 2.0, 4.0], [1.01, 2.02, 4.0], [2.0])
+    found = {f"KL alone, {name}": cell(own) for name, own in zip(names, values, strict=True)}
+    results = cached.with_loss(found | {"CE + KL, online": cell([1.0]), "start": cell([3.0])})
+    assert results["CE + KL, online"][0]["loss"] == 2.0
+    assert results["KL alone, online"][2]["loss"] == 4.0
+    above = cached.excess(results, cached.CELLS["KL alone, top 50"], "kl")
+    assert above == pytest.approx((0.02 / 3, 0.01 / math.sqrt(3)))
+    assert cached.marks(results) == ["pass: KL alone, top 50: loss over online, % 0.67, at most 1"]
+    rows = [line.split("|")[1:-1] for line in cached.table(results).splitlines()]
+    shown = {(row[0].strip(), row[1].strip()): row[-1].strip() for row in rows}
+    assert shown["KL alone", "top 50, no tail"] == "+100.00"
+    assert shown["-", "start"] == shown["CE + KL", "online"] == "-"
+
+
+def test_cached_trains_and_erases_the_tail(corpus, tmp_path, monkeypatch, capsys):
+    shutil.copytree(corpus, tmp_path / "corpus")
+    training = cached.SETTINGS["embedded"].dense
+    tiny = replace(training, steps=2, shape=training.shape | {"num_hidden_layers": 1})
+    setting = replace(cached.SETTINGS["embedded"], teacher=replace(tiny, steps=4), dense=tiny, answers=0)
+    monkeypatch.setitem(cached.SETTINGS, "real", setting)
+    monkeypatch.setattr(cached, "quiet", lambda: None)  # what it sets, other tests would find
+    arguments = ["--seeds", "1", "--steps", "1", "--cells", "CE + KL, online; KL alone, top 50, no tail"]
+    cached.run([*arguments, "--output", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "| KL alone  | top 50, no tail | 1" in out
+    assert "| CE + KL   | online          | 1" in out
+    errors = {
+        name: own["error"] for name, own in json.loads((tmp_path / "cached.json").read_text())["gradients"].items()
+    }
+    assert errors.keys() == {*cached.COMMANDS, cached.NO_TAIL}
+    assert 0 < errors["50 samples"] < errors["12 samples"]
+    kept, erased = (
+        LogitCache(tmp_path / "answers" / name.replace(", ", "_").replace(" ", "_"))
+        for name in (cached.TOP, cached.NO_TAIL)
+    )
+    for (key, one), (other_key, other) in zip(kept, erased, strict=True):
+        assert key == other_key
+        before, after = to_arrays(one), to_arrays(other)
+        assert (before.ids_MK == after.ids_MK).all()
+        expected = before.probs_MK / before.probs_MK.sum(1, keepdims=True)
+        np.testing.assert_allclose(after.probs_MK, expected, rtol=1e-5)
+        assert before.tail_M.min(initial=1) > 0
+        assert (after.tail_M == 0).all()
+    before = sorted(path.name for path in tmp_path.glob("*.json"))
+    cached.run([*arguments, "--output", str(tmp_path), "--table"])
+    assert sorted(path.name for path in tmp_path.glob("*.json")) == before
+    cached.run([*arguments[:4], "--from_teacher", "--cells", "KL alone, online", "--output", str(tmp_path)])
+    found = json.loads((tmp_path / "cached_from_teacher.json").read_text())["results"]
+    assert 0 <= found["start"]["0"]["kl"] < 1e-3 < kl_of(tmp_path, "start"), "it begins as the teacher"
+
+
+def kl_of(folder, cell):
+    return json.loads((folder / "cached.json").read_text())["results"][cell]["0"]["kl"]
 
 
 def test_run_all_knows_its_parts():

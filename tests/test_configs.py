@@ -29,6 +29,7 @@ def test_there_are_configs():
         "many_nodes.yaml",
         "distill_cached.yaml",
         "layerwise.yaml",
+        "compress_moe.yaml",
     }
 
 

@@ -19,6 +19,7 @@ from agri_moe.data.chat import Chat
 from agri_moe.generation import sample
 from agri_moe.models.causal import CausalModel, Reads
 from agri_moe.models.sharding import place, shard, shard_frozen
+from agri_moe.models.shared_core import Wrapper, shared_core_config
 from agri_moe.models.source import ModelConfig
 from agri_moe.models.upcycle import UpcycleSpec, upcycle
 from agri_moe.teacher import OnlineTeacher
@@ -90,6 +91,10 @@ def test_pieces_are_those_of_the_whole_model(corpus: Path, chat: Chat, dense: Pa
         num_key_value_heads=2, **untied,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(mistral).save_pretrained(tmp_path / "mistral")
+    core = AutoModelForCausalLM.from_config(shared_core_config(AutoConfig.from_pretrained(tmp_path / "moe"), rank=8))
+    for wrapper in (module for module in core.modules() if isinstance(module, Wrapper)):
+        torch.nn.init.normal_(wrapper.up, std=0.1)
+    core.save_pretrained(tmp_path / "core")
     on_ranks(_check_sources, corpus / "tokenizer", dense, tmp_path, ranks=ranks)
 
 
@@ -98,11 +103,13 @@ def _check_sources(mesh: DeviceMesh, chat: Chat, dense: Path, folder: Path) -> N
         ModelConfig(str(dense), upcycle=SPEC),
         ModelConfig(str(dense)),
         ModelConfig(str(folder / "moe")),
+        ModelConfig(str(folder / "core")),
     ):
         model = in_pieces(config, chat, mesh)
         assert_same(model.hf, config.load("model", chat))
         assert model.hf.lm_head.weight is model.hf.model.embed_tokens.weight, "tied"
         assert len(model.hf.lm_head.weight.to_local()) <= math.ceil(model.hf.config.vocab_size / mesh.size())
+        _check_gradients(model, CausalModel(config.load("model", chat)))
     mixtral = ModelConfig(str(folder / "mistral"), upcycle=SPEC)
     model, expected = in_pieces(mixtral, chat, mesh), mixtral.load("model", chat)
     stored = mixtral.hf_config("model", chat).vocab_size
@@ -116,6 +123,19 @@ def _check_sources(mesh: DeviceMesh, chat: Chat, dense: Path, folder: Path) -> N
         new = sorted(token for token in chat.new_marker_pieces if token >= stored)
         assert torch.equal(rows[new], parameter[new]), "markers start as the mean of their pieces"
         assert 0.5 < rows[stored:].std() / parameter[stored:].std() < 2, "and what fills up is drawn alike"
+
+
+def _check_gradients(model: CausalModel, expected: CausalModel) -> None:
+    """Every rank sees the same tokens, so that the mean over ranks is what one of them would have."""
+    batch = {"input_ids": torch.arange(40).view(2, 20), "position_ids": torch.arange(20).expand(2, 20)}
+    for one in (model, expected):
+        read = one(batch, torch.arange(40), lambda hidden, head: (hidden @ head.T).float().logsumexp(-1).sum()).read
+        read.backward()
+    for name, parameter in expected.hf.named_parameters():
+        gradient = model.hf.get_parameter(name).grad
+        assert gradient is not None, name
+        assert parameter.grad is not None, name
+        torch.testing.assert_close(whole(gradient), parameter.grad, rtol=1e-3, atol=1e-5)
 
 
 def test_a_config_is_drawn_in_pieces(corpus: Path, dense: Path) -> None:

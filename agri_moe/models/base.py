@@ -20,6 +20,7 @@ from agri_moe.generation import generate
 from agri_moe.losses import Routing, routing, token_statistics
 from agri_moe.metrics import RoutingStatistics, SegmentLoss, TeacherAgreement, TermMean, balanced_perplexity
 from agri_moe.models.causal import CausalModel
+from agri_moe.models.experts import visits
 from agri_moe.models.sharding import shard
 from agri_moe.models.source import ModelConfig, check_vocabulary
 from agri_moe.models.training import TrainingModule, warmup_cosine
@@ -612,10 +613,10 @@ def layer_name(term: str, layer: int) -> str:
 
 def parameter_counts(model: CausalModel) -> tuple[int, int, int]:
     """Parameters in all, active for one token (top-k of the experts), and trained."""
-    total = trained = experts = 0
+    total = trained = 0
+    active = 0.0
     for name, parameter in model.hf.named_parameters():
         total += parameter.numel()
         trained += parameter.numel() * parameter.requires_grad
-        experts += parameter.numel() * (".experts." in name)
-    active = total - experts + (experts * model.top_k // model.num_experts if model.num_experts else 0)
-    return total, active, trained
+        active += parameter.numel() * min(visits(name, model.top_k, model.num_experts), 1.0)
+    return total, round(active), trained

@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedConfig
 
+from agri_moe.models import shared_core  # noqa: F401  (the Auto classes then read its format)
 from agri_moe.runs import replace_text
 
 CONFIG = "config.json"
@@ -181,7 +182,9 @@ def refuse_output(output: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def new_checkpoint(output: Path, provenance: Mapping[str, Any], *, overwrite: bool) -> Iterator[Path]:
+def new_checkpoint(
+    output: Path, provenance: Mapping[str, Any], *, overwrite: bool, name: str = PROVENANCE
+) -> Iterator[Path]:
     """Give `OUTPUT.partial` to be filled; it becomes `output` at the end of the block, or stays after an error.
 
     Args:
@@ -189,6 +192,7 @@ def new_checkpoint(output: Path, provenance: Mapping[str, Any], *, overwrite: bo
         provenance: What the checkpoint is made from. A folder left by an interrupted run of the same provenance
             is continued, any other is emptied first.
         overwrite: Replace `output`, once the new folder is complete.
+        name: File in the folder that holds the provenance.
 
     Raises:
         ValueError: When `output` exists, or another run is writing it.
@@ -197,7 +201,7 @@ def new_checkpoint(output: Path, provenance: Mapping[str, Any], *, overwrite: bo
     with _locked(building):
         refuse_output(output, overwrite)
         text = json.dumps(provenance, indent=2, sort_keys=True) + "\n"
-        path = building / PROVENANCE
+        path = building / name
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             shutil.rmtree(building, ignore_errors=True)
             building.mkdir()

@@ -1,4 +1,4 @@
-"""The experts' products in the type that autocast asks for."""
+"""The experts' products in the type that autocast asks for, and how often a token meets a parameter."""
 
 from typing import Any
 
@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
+
+from agri_moe.models.shared_core import CORE
 
 AUTOCAST = "autocast_grouped_mm"
 
@@ -44,3 +46,16 @@ def _forward(experts: Any, hidden_ND: Tensor, experts_NK: Tensor, weights_NK: Te
 
 
 ALL_EXPERTS_FUNCTIONS.register(AUTOCAST, _forward)
+
+
+def visits(name: str, top_k: int, num_experts: int) -> float:
+    """How often, on average, one token is multiplied with a parameter.
+
+    Args:
+        name: The parameter's Hugging Face name.
+        top_k: Experts that a token visits; 0 for a dense model.
+        num_experts: Experts per layer.
+    """
+    if ".experts." not in name:
+        return 1.0
+    return float(top_k) if f".{CORE}." in name else top_k / num_experts

@@ -18,11 +18,13 @@ def export(
 ) -> None:
     """Write a checkpoint as a Hugging Face folder that plain transformers loads, and prove that it does.
 
+    Experts with a shared core are multiplied out.
+
     Example: python main.py export --output advisor
 
     Args:
         output: Folder to write.
-        checkpoint: A run's checkpoint (.ckpt); the newest run's newest one by default.
+        checkpoint: A run's checkpoint (.ckpt), or a model folder; the newest run's newest checkpoint by default.
         run_root: Where lightning_logs lies, to find the newest run.
         dtype: Type of the weights written.
         overwrite: Replace an existing folder, once the new one is complete.
@@ -36,12 +38,15 @@ def export(
     import torch
 
     from agri_moe.models.replaced import is_replaced, stock_model
+    from agri_moe.models.shared_core import SharedCoreForCausalLM, multiplied_out
     from agri_moe.models.upcycle import is_moe, write_moe_config
     from agri_moe.runs import newest_checkpoint
-    from agri_moe.trained import load_checkpoint
+    from agri_moe.trained import load_trained
 
-    path = Path(checkpoint) if checkpoint else newest_checkpoint(Path(run_root))[1]
-    model, chat = load_checkpoint(path, "--checkpoint")
+    path = checkpoint or str(newest_checkpoint(Path(run_root))[1])
+    model, chat = load_trained(path, "--checkpoint")
+    if isinstance(model, SharedCoreForCausalLM):
+        model = multiplied_out(model)
     if is_replaced(model):
         model = stock_model(model, f"--checkpoint {path}")
     for parameter in model.parameters():  # not `model.to`, which rounds the frequencies of rotary positions too
