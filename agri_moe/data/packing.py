@@ -278,7 +278,7 @@ class StepSampler(Sampler[list[MicroBatch]]):
         place = place_of(self.trainer, self.shuffle)
         length = self._planned()
         again = getattr(getattr(self.trainer, "lightning_module", None), "rows_again_after", None)
-        if self.shuffle and again is not None:
+        if self.shuffle and again is not None and length:
             return self._replayed(place, length, again)
         epoch, start = divmod(place.done, length) if length else (0, 0)
         if getattr(self.trainer, "overfit_batches", 0.0):
