@@ -64,7 +64,13 @@ SOURCES = {
 }
 # Unbiased: of teachers as broad as these the 50 best hold two thirds of the mass, see cached.py.
 ANSWERS = ("--kind", "sampled", "--draws", "50")
-DISTILLED = Training(300, 3e-4, {})  # 1e-3 throws a student off that has so little to learn
+# Little is to be learned, so noise must be less: large steps, no decay, and a rate that goes down to nothing.
+DISTILLED: dict[str, Any] = {
+    "steps": 250,
+    "tokens_per_batch": 4096,
+    "learning_rate": 5e-4,
+    "optimizer": {"warmup_steps": 20, "weight_decay": 0.0, "final_learning_rate": 0.0},
+}
 CALIBRATION_TOKENS = 32768
 SHARES = (0.5, 0.25)
 WAYS = ("own SVD", "own SVD, rows", "mean core", "matched core", "mean core, rows", "shared core")
@@ -167,7 +173,7 @@ class Compression:
 
     def distilled(self, share: float) -> dict[str, Any]:
         """The losses of the shared core once it has learnt from the source's answers on disk."""
-        settings = {"student": asdict(DISTILLED), "answers": ANSWERS, "objective": OBJECTIVE}
+        settings = {"student": DISTILLED, "answers": ANSWERS, "objective": OBJECTIVE}
         return self.cell(f"distilled {share}", functools.partial(self._distil, share), share=share, **settings)
 
     def _score(self, model: Any) -> dict[str, Any]:
@@ -188,7 +194,13 @@ class Compression:
         options: dict[str, Any] = {"student": {"source": str(student)}, "objective": OBJECTIVE}
         self._cache(answers, options | {"teacher": teacher})
         options["teacher"] = {"cache": str(answers)}
-        module, _ = self.ablation.fit("distill.DistillModule", options, DISTILLED, 0)
+        torch.manual_seed(0)
+        module = build(
+            "distill.DistillModule", options | {name: DISTILLED[name] for name in ("learning_rate", "optimizer")}
+        )
+        data = self.ablation.data(0)
+        data.tokens_per_batch = DISTILLED["tokens_per_batch"]
+        trainer(max_steps=DISTILLED["steps"], limit_val_batches=0).fit(module, datamodule=data)
         hf: Any = module.model.hf
         return self._score(multiplied_out(hf))
 
@@ -262,7 +274,7 @@ def run() -> None:
     arguments = parser.parse_args()
     quiet()
     if arguments.steps:
-        globals()["DISTILLED"] = replace(DISTILLED, steps=arguments.steps)
+        DISTILLED["steps"] = arguments.steps
     ablation = Ablation(replace(SETTINGS["real"], dense=DENSE), arguments.output)
     print(f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}; {ablation.corpus.about}")
     for kind in arguments.sources.split(","):
