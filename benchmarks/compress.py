@@ -68,7 +68,7 @@ ANSWERS = ("--kind", "sampled", "--draws", "50")
 DISTILLED: dict[str, Any] = {
     "steps": 250,
     "tokens_per_batch": 4096,
-    "learning_rate": 5e-4,
+    "learning_rate": 2e-4,
     "optimizer": {"warmup_steps": 20, "weight_decay": 0.0, "final_learning_rate": 0.0},
 }
 CALIBRATION_TOKENS = 32768
