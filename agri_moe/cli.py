@@ -56,6 +56,11 @@ TOOLS = {
         "tell what a config will cost in memory, time and disk, before it runs",
         "plan --config configs/distill.yaml",
     ),
+    "similarity": (
+        "agri_moe.tools.similarity:similarity",
+        "compare two checkpoints layer by layer, and the experts of one, with CKA",
+        "similarity --source student --target teacher --data rows.parquet --output similarity",
+    ),
     "export": (
         "agri_moe.tools.export:export",
         "write a checkpoint as a Hugging Face folder, round trip proven",
