@@ -40,6 +40,8 @@ from agri_moe.runs import differences, identity, replace_text
 
 T = TypeVar("T")
 
+TOPICS = 20
+"""Values of a column that are shown at most."""
 SIMILARITY = (
     "python main.py similarity --source {run}/checkpoints/step=NNNNNNNN.ckpt --target MODEL --data ROWS "
     "--output {run}/similarity{more}, and then this command again, puts it here."
@@ -165,8 +167,8 @@ def _samples(record: Record) -> Section:
         return Section(title, _missing("The callback SampleAdvisories does that, at every validation."))
     shown = _ends(record.samples)
     said = [
-        "The student's greedy answers to the first validation scenarios, beside the advisory that stands in the row. "
-        "The teacher's own answers are no part of a run."
+        "Greedy answers to the first validation scenarios: the student's, the teacher's where it could be asked, and "
+        "what stands in the row."
     ]
     return Section(title, said, html=answers(shown))
 
@@ -204,7 +206,17 @@ def _routing(record: Record) -> Section:
         "Entropy says how certain a router is of each token: it falls as the router learns to choose. Balance says how "
         "even the experts' load is: it should stay near 1 while entropy falls. A layer whose balance sinks collapses."
     ]
-    return Section(title, said, [Picture("routing", figure, "On the training rows, one line per layer.")])
+    return Section(
+        title,
+        said,
+        [
+            Picture(
+                "routing",
+                figure,
+                "On the training rows, one line per layer, from dark, the first, to bright, the last.",
+            )
+        ],
+    )
 
 
 def _experts(record: Record) -> Section:
@@ -231,9 +243,11 @@ def _topics(record: Record) -> Section:
         f"Rows are the values of {column}, columns the experts; a cell is the share of that value's assignments in the "
         "layer that the expert got.",
     ]
+    if len(groups) > TOPICS:
+        said.append(f"Shown are the {TOPICS} of {len(groups):,} values with the most tokens.")
     layers = found["expert_layers"].tolist()
     tables = [
-        f"<h3>layer {layer}</h3>{heat_table(load_GE, groups)}"
+        f"<h3>layer {layer}</h3>{heat_table(load_GE[:TOPICS], groups[:TOPICS])}"
         for layer, load_GE in zip(layers, found["load_by_group"], strict=True)
     ]
     return Section(title, said, html=f'<div class="side">{"".join(f"<div>{t}</div>" for t in tables)}</div>')
@@ -345,15 +359,21 @@ def answers(by_moment: Mapping[str, Sequence[Sample]]) -> str:
     """Scenarios with the answers of each moment beside the row's own."""
     cards = []
     for same in zip(*by_moment.values(), strict=False):
+        last = same[-1]
         columns = [
-            f"<div><h4>student {escape(moment)}</h4>"
-            f"{_paragraph('विचार', s.thought)}{_paragraph('सलाह', s.advisory)}</div>"
-            for moment, s in zip(by_moment, same, strict=True)
+            _column(f"student {moment}", s.thought, s.advisory) for moment, s in zip(by_moment, same, strict=True)
         ]
-        columns.append(f"<div><h4>the row</h4>{_paragraph('सलाह', same[-1].reference)}</div>")
-        scenario = _paragraph("स्थिति", same[-1].scenario)
+        if last.teacher_advisory is not None:
+            columns.append(_column("teacher", last.teacher_thought, last.teacher_advisory))
+        columns.append(_column("the row", None, last.reference))
+        scenario = _paragraph("स्थिति", last.scenario)
         cards.append(f'<div class="card" lang="hi">{scenario}<div class="side">{"".join(columns)}</div></div>')
     return "".join(cards)
+
+
+def _column(name: str, thought: str | None, advisory: str) -> str:
+    written = "" if thought is None else _paragraph("विचार", thought)
+    return f"<div><h4>{escape(name)}</h4>{written}{_paragraph('सलाह', advisory)}</div>"
 
 
 def _paragraph(name: str, text: str) -> str:
@@ -404,7 +424,7 @@ th { font-weight: 600; }
 .warning { color: var(--alarm); background: var(--alarm-soft); padding: .5rem .8rem; border-radius: 6px; }
 .card { background: var(--soft); border-radius: 8px; padding: .3rem 1rem; margin: 1rem 0; }
 .side { display: flex; flex-wrap: wrap; gap: 0 2rem; }
-.side > div { flex: 1 1 16rem; }
+.side > div { flex: 1 1 13rem; }
 .text { white-space: pre-line; line-height: 1.7; }
 h3, h4 { margin-bottom: .2rem; }
 pre { white-space: pre-wrap; background: var(--soft); padding: 1rem; border-radius: 6px; }

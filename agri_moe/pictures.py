@@ -105,13 +105,15 @@ def draw_matrices(
     first = next(iter(matrices.values()))
     rows, columns = first.shape
     limit = top if top is not None else max(float(m.max()) for m in matrices.values())
-    figure, panels = _grid(len(matrices), max(2.8, 0.36 * columns + 1.6), max(2.4, 0.36 * rows + 1.2))
+    most = 6.5 if len(matrices) <= 3 else 3.4  # inches
+    width, height = (min(max(2.8, 0.36 * n + 1.6), most) for n in (columns, rows))
+    figure, panels = _grid(len(matrices), width, 0.9 * height)
     for axes, (title, matrix) in zip(panels, matrices.items(), strict=True):
         image = axes.imshow(matrix, origin="lower", cmap="viridis", vmin=0, vmax=limit, aspect="auto")
         axes.set(xlabel=x, ylabel=y, title=title)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(MaxNLocator(integer=True))
-        if matrix.size <= 100:
+        if (width - 1.4) / columns > 0.3:  # room for a number in a cell
             for (row, column), value in np.ndenumerate(matrix):
                 text = f"{100 * value:.0f}%" if share else f"{value:.2f}"
                 dark = value < 0.6 * limit

@@ -33,6 +33,8 @@ SPIKE_WINDOW = 10
 """... of so many entries."""
 SPECIALIST = 0.1
 """Share of a topic, above an expert's mean share of all topics, below which it is no specialist."""
+PAIRS = 12
+"""Student layers up to which a sentence names the teacher layer most like each."""
 WORSE = 0.05
 """Validation loss that ends by this share above its lowest value has begun to rise."""
 
@@ -60,6 +62,8 @@ class Sample(NamedTuple):
     scenario: str
     thought: str
     advisory: str
+    teacher_thought: str | None  # None, as the advisory is, where the teacher was not asked
+    teacher_advisory: str | None
     reference: str
 
 
@@ -183,13 +187,17 @@ def parse_samples(path: Path) -> list[Sample]:
     Raises:
         ValueError: If it is none.
     """
-    parts = [r"\*\*स्थिति\*\* (.*)", r"\*\*विचार\*\* (.*)", r"\*\*सलाह\*\* (.*)", r"\*\*संदर्भ \(reference\)\*\* (.*)"]
+    answer = r"\*\*विचार\*\* (.*?)\n\n\*\*सलाह\*\* (.*?)\n\n"
+    layout = re.compile(
+        rf"\*\*स्थिति\*\* (.*?)\n\n{answer}(?:\*\*शिक्षक \(teacher\)\*\* {answer})?\*\*संदर्भ \(reference\)\*\* (.*)",
+        re.DOTALL,
+    )
     found = []
-    for block in path.read_text("utf-8").split("\n---\n\n"):
-        match = re.fullmatch("\n\n".join(parts), block.strip(), re.DOTALL)
+    for block in re.split(r"\n---\n\n(?=\*\*स्थिति\*\* )", path.read_text("utf-8")):  # models draw lines too
+        match = layout.fullmatch(block.strip())
         if match is None:
             raise ValueError(f"{path} is no file that SampleAdvisories wrote; take it out of the run's folder.")
-        found.append(Sample(*(text.strip() for text in match.groups())))
+        found.append(Sample(*(text and text.strip() for text in match.groups())))
     return found
 
 
@@ -370,8 +378,9 @@ def say_cka(record: Record) -> list[str]:
         said.append(
             f"A student layer and the teacher layer most like it have a CKA of {now.max(1).mean():.2f} on the mean."
         )
-    pairs = ", ".join(f"{student} with {teacher}" for student, teacher in enumerate(now.argmax(1).tolist()))
-    said.append(f"Most alike are, student layer with teacher layer: {pairs}.")
+    if len(now) <= PAIRS:
+        pairs = ", ".join(f"{student} with {teacher}" for student, teacher in enumerate(now.argmax(1).tolist()))
+        said.append(f"Most alike are, student layer with teacher layer: {pairs}.")
     return said
 
 
@@ -506,10 +515,11 @@ def _routers(record: Record) -> list[str]:
                 f"Collapsed layer: the balance of layer {layer} is {balance:.2f} (below {COLLAPSED}); raise "
                 "model.objective.balance.weight."
             )
-    for layer, expert in np.argwhere(load_LE < IDLE * even).tolist():
-        share = load_LE[layer, expert]
-        kind = "Dead" if share == 0 else "Idle"
-        said.append(f"{kind} expert: number {expert} of layer {layer} took {share:.2%} of the assignments.")
+    for kind, below_LE in (("Dead", load_LE == 0), ("Idle", (load_LE > 0) & (load_LE < IDLE * even))):
+        for layer in np.flatnonzero(below_LE.any(1)).tolist():
+            numbers = ", ".join(map(str, np.flatnonzero(below_LE[layer]).tolist()))
+            share = "no" if kind == "Dead" else f"less than {IDLE * even:.1%} of the"
+            said.append(f"{kind} experts: of layer {layer}, number {numbers} took {share} assignments.")
     undecided = np.flatnonzero(now["normalized_entropy"] > UNDECIDED).tolist()
     if undecided and load_LE.shape[1] > 1:
         said.append(

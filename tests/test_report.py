@@ -63,6 +63,10 @@ def test_a_run_and_its_page(distill_config, corpus, teacher, tmp_path, capsys, m
     assert status["experts"] == {"per_layer": 4, "per_token": 2}
     assert status["parameters"]["active"] < status["parameters"]["total"]
 
+    texts = {step: reporting.parse_samples(run / "samples" / f"step={step:08d}.md") for step in (0, 6)}
+    assert [s.teacher_advisory for s in texts[0]] == [s.teacher_advisory for s in texts[6]]
+    assert all(s.teacher_advisory is not None for s in texts[0])
+
     # What the run does not hold is said, with what would record it.
     monkeypatch.chdir(tmp_path)
     main(["report"])
@@ -143,11 +147,16 @@ def test_text_of_rows_is_never_html(tmp_path):
     path = tmp_path / "step=00000001.md"
     path.write_text(
         "**स्थिति** a <script>alert(1)</script>\n\n**विचार** \n\n**सलाह** b & c\n\n**संदर्भ (reference)** d\n"
-        "\n---\n\n**स्थिति** e\nf\n\n**विचार** g\n\n**सलाह** h\n\n**संदर्भ (reference)** i\n"
+        "\n---\n\n**स्थिति** e\nf\n\n**विचार** g\n\n**सलाह** h\n\n"
+        "**शिक्षक (teacher)** **विचार** j\n\n**सलाह** k\n---\n\nl\n\n**संदर्भ (reference)** i\n"
     )
     samples = reporting.parse_samples(path)
     assert [s.scenario for s in samples] == ["a <script>alert(1)</script>", "e\nf"]
     assert [s.thought for s in samples] == ["", "g"]
+    assert [(s.advisory, s.teacher_thought, s.teacher_advisory, s.reference) for s in samples] == [
+        ("b & c", None, None, "d"),
+        ("h", "j", "k\n---\n\nl", "i"),
+    ]
     html = page.answers({"now": samples})
     assert "<script" not in html
     assert "&lt;script&gt;" in html
@@ -165,20 +174,20 @@ def test_a_good_run_is_not_warned_about(tmp_path):
 
 
 def test_routers_that_went_wrong_are_named_by_layer_and_expert(tmp_path):
-    load = np.array([[0.97, 0.03, 0.0, 0.0], [0.25, 0.25, 0.25, 0.25], [0.49, 0.01, 0.25, 0.25]])
+    load = np.array([[0.96, 0.04, 0.0, 0.0], [0.25, 0.25, 0.25, 0.25], [0.49, 0.01, 0.25, 0.25]])
     now = {"load": load, "balance": np.array([0.1, 1.0, 0.8]), "normalized_entropy": np.array([0.5, 0.995, 0.9])}
     healthy = {"load": load[1:2], "balance": np.ones(1), "normalized_entropy": np.full(1, 0.9)}
     said = warnings(make_record(tmp_path, routing={0: healthy, 9: now}))
     assert [line.split(":")[0] for line in said] == [
         "Collapsed layer",
-        *("Dead expert", "Dead expert"),
-        "Idle expert",
+        "Dead experts",
+        "Idle experts",
         "Undecided routers",
     ]
     assert "layer 0 is 0.10" in said[0]
-    assert "number 2 of layer 0" in said[1]
-    assert "number 1 of layer 2 took 1.00%" in said[3]
-    assert "layer 1 the" in said[4]
+    assert "of layer 0, number 2, 3 took no assignments" in said[1]
+    assert "of layer 2, number 1 took less than 2.5% of the assignments" in said[2]
+    assert "layer 1 the" in said[3]
 
 
 def test_losses_that_went_wrong(tmp_path):
