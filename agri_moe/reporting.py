@@ -27,6 +27,8 @@ IDLE = 0.1
 """An expert with less than this part of the even share of its layer's assignments counts as idle; 0 is dead."""
 UNDECIDED = 0.99
 """Normalised entropy of a router above which it has not learned to choose."""
+LEARNED = 0.01
+"""Normalised entropy that the routers must have lost to be said to have learned."""
 SPIKE = 0.5
 """A training loss counts as a spike if it is half as much again, and half a nat, above the median before it ..."""
 SPIKE_WINDOW = 10
@@ -402,8 +404,8 @@ def say_routing(record: Record) -> list[str]:
             f"The routers' entropy went from {before:.3f} to {entropy:.3f} of what total indecision would give: "
             + (
                 "they have learned to tell tokens apart."
-                if entropy < before
-                else "they are no more certain than before."
+                if before - entropy > LEARNED
+                else "they have hardly changed."
             )
         )
     return said
