@@ -226,6 +226,50 @@ class RoutingStatistics(_Sums):
         return {name: value.float() for name, value in result.items()}
 
 
+class ReplicationError(_Sums):
+    """How well layers answer as others would, per layer, over all tokens of all ranks.
+
+    compute() returns float32 tensors [L], zeros for a layer of which no token was seen:
+
+        mse             mean over tokens and width of (answer - target)^2
+        relative_error  norm of all errors over the norm of all targets
+        cosine          mean over tokens of the cosine between answer and target
+    """
+
+    higher_is_better = None
+    squared: Tensor
+    power: Tensor
+    cosine: Tensor
+    tokens: Tensor
+
+    def __init__(self, num_layers: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        for name in ("squared", "power", "cosine", "tokens"):
+            self.add_sum(name, num_layers)
+
+    def update(self, layer: int, squared_N: Tensor, power_N: Tensor, cosine_N: Tensor) -> None:
+        """Add a layer's tokens: mean square of the error, mean square of the target, cosine."""
+        for name, values in (("squared", squared_N), ("power", power_N), ("cosine", cosine_N)):
+            getattr(self, name)[layer] += values.detach().sum(dtype=torch.float64).to(self.squared.dtype)
+        self.tokens[layer] += len(squared_N)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the means over everything seen by all ranks."""
+        return replication_means(torch.stack([self.squared, self.power, self.cosine, self.tokens], -1))
+
+
+def replication_means(sums_L4: Tensor) -> dict[str, Tensor]:
+    """mse, relative_error and cosine [L] from sums over tokens: squared error, squared target, cosine, tokens."""
+    squared_L, power_L, cosine_L, tokens_L = sums_L4.unbind(-1)
+    some_L = tokens_L.clamp(min=1)
+    result = {
+        "mse": squared_L / some_L,
+        "relative_error": (squared_L / power_L.where(power_L > 0, 1.0)).sqrt(),
+        "cosine": cosine_L / some_L,
+    }
+    return {name: value.float() for name, value in result.items()}
+
+
 class CKAMatrix(_Sums):
     """Linear CKA of every layer x with every layer y, from minibatches that need not be kept.
 

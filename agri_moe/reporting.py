@@ -147,7 +147,7 @@ def read_record(folder: Path) -> Record:
         images=images,
         seconds=seconds,
         cka=_snapshots(folder / "cka"),
-        routing=_snapshots(folder / "routing"),
+        routing=_routed(_snapshots(folder / "routing")),
         attention=_snapshots(folder / "attention"),
         samples={_step(p): parse_samples(p) for p in sorted((folder / "samples").glob("step=*.md"))},
         similarity=dict(np.load(similarity)) if similarity.exists() else {},
@@ -177,6 +177,15 @@ def _read_events(folder: Path) -> tuple[dict[str, Curve], dict[str, list[bytes]]
 
 def _snapshots(folder: Path) -> dict[int, dict[str, Array]]:
     return {_step(path): dict(np.load(path)) for path in sorted(folder.glob("step=*.npz"))}
+
+
+def _routed(by_step: dict[int, dict[str, Array]]) -> dict[int, dict[str, Array]]:
+    """Balance and entropy that are NaN, not 0, for layers through which no token went: only some are in training."""
+    for arrays in by_step.values():
+        unseen = ~np.isfinite(arrays["load"]).all(1)
+        for name in ("balance", "normalized_entropy"):
+            arrays[name][unseen] = np.nan
+    return by_step
 
 
 def _step(path: Path) -> int:
@@ -391,22 +400,18 @@ def say_routing(record: Record) -> list[str]:
     steps = list(record.routing)
     now = record.routing[steps[-1]]
     load_LE, balance_L = now["load"], now["balance"]
-    layer = int(balance_L.argmin())
+    layer = int(np.nanargmin(balance_L))
     busiest = int(load_LE[layer].argmax())
     said = [
         f"Least even is layer {layer}, with a balance of {balance_L[layer]:.3f}: its busiest expert, number {busiest}, "
         f"takes {load_LE[layer, busiest]:.1%} of the assignments (even would be {1 / load_LE.shape[1]:.1%})."
     ]
-    entropy = now["normalized_entropy"].mean()
+    entropy = np.nanmean(now["normalized_entropy"])
     if len(steps) > 1:
-        before = record.routing[steps[0]]["normalized_entropy"].mean()
+        before = np.nanmean(record.routing[steps[0]]["normalized_entropy"])
         said.append(
             f"The routers' entropy went from {before:.3f} to {entropy:.3f} of what total indecision would give: "
-            + (
-                "they have learned to tell tokens apart."
-                if before - entropy > LEARNED
-                else "they have hardly changed."
-            )
+            + ("they have learned to tell tokens apart." if before - entropy > LEARNED else "they have hardly changed.")
         )
     return said
 

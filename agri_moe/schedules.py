@@ -146,6 +146,11 @@ class RunningMean(nn.Module):
         """The mean; zeros before the first update."""
         return self.total / self.weight.where(self.weight > 0, 1.0)
 
+    def reset(self) -> None:
+        """Forget everything."""
+        self.total.zero_()
+        self.weight.zero_()
+
     def update(self, values: Tensor, seen: Tensor) -> None:
         """Take in one step's values; `seen` [] bool: False leaves everything as it is, without asking the device."""
         keep = self.decay + (1 - self.decay) * (~seen).float()

@@ -36,7 +36,10 @@ def load_trained(path: str, key: str) -> tuple[PreTrainedModel, Chat]:
 
 
 def load_checkpoint(path: Path, key: str) -> tuple[PreTrainedModel, Chat]:
-    """Model and chat from a checkpoint; the tokenizer lies in the run's folder beside it."""
+    """Model and chat from a checkpoint; the tokenizer lies in the run's folder beside it.
+
+    One of a layer-wise run is the dense model with its networks replaced.
+    """
     if not path.exists():
         raise ValueError(f"{key}: {path} does not exist.")
     check_intact(path, key)
@@ -49,6 +52,11 @@ def load_checkpoint(path: Path, key: str) -> tuple[PreTrainedModel, Chat]:
         content = read_sharded(path, {"state_dict"})
     else:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if "layerwise" in content:
+        from agri_moe.models.replaced import load_replaced  # with Lightning, which takes seconds
+
+        chat = Chat.load(str(tokenizer))
+        return load_replaced(content, path, chat), chat
     config = AutoConfig.for_model(**content["hf_config"])
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

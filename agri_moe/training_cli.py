@@ -20,9 +20,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zer
 from agri_moe.callbacks.resume import AtomicCheckpointIO, Checkpoint, RunStatus
 from agri_moe.cli import fail, one_sentence
 from agri_moe.data.chat_data import ChatDataModule
-from agri_moe.models.base import LanguageModule
 from agri_moe.models.distill import DistillModule
+from agri_moe.models.layerwise import LayerwiseModule
 from agri_moe.models.pretrain import PretrainModule
+from agri_moe.models.training import TrainingModule
 from agri_moe.runs import (
     LOGS,
     Lock,
@@ -40,7 +41,7 @@ from agri_moe.runs import (
 from agri_moe.trained import check_intact, check_shardable
 
 # Imported so that a config or --model may name them without their module's path.
-SHORT_NAMES = (ChatDataModule, DistillModule, PretrainModule)
+SHORT_NAMES = (ChatDataModule, DistillModule, LayerwiseModule, PretrainModule)
 
 # Warnings about what is meant, or that only the libraries' authors can mend.
 NOISE = (
@@ -315,7 +316,7 @@ def run_training(command: str, args: Sequence[str], cli: type[T]) -> T:
         args = with_newest_run(args)
     Parser.given = args
     return cli(
-        LanguageModule,
+        TrainingModule,
         lightning.LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,

@@ -147,6 +147,68 @@ def distill_config(tmp_path: Path, corpus: Path, dense: Path, teacher: Path) -> 
 
 
 @pytest.fixture
+def layerwise_config(tmp_path: Path, corpus: Path, dense: Path) -> Any:
+    """A complete config of a small layer-wise run; returns a function that writes it with changes."""
+
+    import yaml
+
+    def write(name: str = "layerwise.yaml", max_steps: int = 4, accumulate: int = 2, **model: Any) -> str:
+        settings = {
+            "seed_everything": 0,
+            "model": {
+                "class_path": "LayerwiseModule",
+                "init_args": {
+                    "source": str(dense),
+                    "dtype": "float32",
+                    "num_experts": 4,
+                    "expert_width": 0.25,
+                    "learning_rate": 3e-3,
+                    "optimizer": {"warmup_steps": 1},
+                }
+                | model,
+            },
+            "data": {
+                "class_path": "ChatDataModule",
+                "init_args": {
+                    "train": str(corpus / "train.parquet"),
+                    "validation": str(corpus / "validation.parquet"),
+                    "tokenizer": str(corpus / "tokenizer"),
+                    "max_length": 512,
+                    "tokens_per_batch": 1024,
+                    "cache_dir": str(tmp_path / "cache"),
+                },
+            },
+            "trainer": {
+                "accelerator": "cpu",
+                "default_root_dir": str(tmp_path),
+                "max_steps": max_steps,
+                "accumulate_grad_batches": accumulate,
+                "gradient_clip_val": 1.0,
+                "num_sanity_val_steps": 0,
+                "check_val_every_n_epoch": None,
+                "val_check_interval": 4,
+                "limit_val_batches": 1,
+                "log_every_n_steps": 1,
+                "enable_progress_bar": False,
+                "enable_model_summary": False,
+                "callbacks": [
+                    {
+                        "class_path": "agri_moe.callbacks.resume.Checkpoint",
+                        "init_args": {"every_n_steps": 1, "keep": -1},
+                    },
+                    {"class_path": "agri_moe.callbacks.router.RouterMonitor", "init_args": {"every_n_steps": 1}},
+                    {"class_path": "agri_moe.callbacks.throughput.Throughput", "init_args": {"every_n_steps": 1}},
+                ],
+            },
+        }
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump(settings))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
 def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail if any weights are loaded."""
 

@@ -8,7 +8,7 @@ import yaml
 from lightning.pytorch.cli import LightningCLI
 
 from agri_moe.cli import main
-from agri_moe.models.base import LanguageModule
+from agri_moe.models.training import TrainingModule
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 ALL = sorted(CONFIGS.rglob("*.yaml"))
@@ -28,6 +28,7 @@ def test_there_are_configs():
         "sequence_level.yaml",
         "many_nodes.yaml",
         "distill_cached.yaml",
+        "layerwise.yaml",
         "compress_moe.yaml",
     }
 
@@ -35,7 +36,7 @@ def test_there_are_configs():
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
 def test_config_builds_its_objects(path, tmp_path):
     cli = LightningCLI(
-        LanguageModule,
+        TrainingModule,
         lightning.LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
@@ -44,7 +45,7 @@ def test_config_builds_its_objects(path, tmp_path):
         run=False,
         args=["--config", str(path), "--trainer.accelerator=cpu", f"--trainer.default_root_dir={tmp_path}"],
     )
-    assert isinstance(cli.model, LanguageModule)
+    assert isinstance(cli.model, TrainingModule)
     assert cli.datamodule.tokenizer
     lines = path.read_text().splitlines()
     assert lines[0].startswith("# "), "a config begins by saying what it is for"
@@ -137,3 +138,30 @@ def test_on_policy_runs(dense, teacher, corpus, tmp_path):
 
 def test_rows_written_by_a_teacher_are_learned(dense, teacher, corpus, tmp_path):
     assert fit("sequence_level", dense, teacher, corpus, tmp_path).trainer.global_step == 2
+
+
+def test_layers_are_replaced_and_exported(dense, corpus, tmp_path):
+    cli = main(
+        [
+            "fit",
+            f"--config={CONFIGS / 'layerwise.yaml'}",
+            f"--model.source={dense}",
+            "--data=agri_moe.data.chat_data.ChatDataModule",
+            f"--data.train={corpus / 'train.parquet'}",
+            f"--data.validation={corpus / 'validation.parquet'}",
+            f"--data.tokenizer={corpus / 'tokenizer'}",
+            f"--data.cache_dir={tmp_path / 'cache'}",
+            "--data.max_length=512",
+            "--data.tokens_per_batch=2048",
+            "--data.num_workers=0",
+            "--trainer.accelerator=cpu",
+            f"--trainer.default_root_dir={tmp_path}",
+            "--trainer.max_steps=2",
+            "--trainer.val_check_interval=2",
+            "--trainer.limit_val_batches=1",
+            "--trainer.enable_progress_bar=false",
+        ]
+    )
+    assert cli.trainer.global_step == 4
+    assert cli.trainer.callback_metrics["val/cosine/layer_01"] > 0.9, "half width begins exactly"
+    main(["export", "--output", str(tmp_path / "stock"), "--run_root", str(tmp_path)])

@@ -106,15 +106,15 @@ class RunStatus(lightning.Callback):
 
     @rank_zero_only
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """The model's size and the machine."""
-        assert isinstance(pl_module, LanguageModule)
+        """The machine, and the size of a language model; of what is trained beside one, the log tells."""
+        self.run.write(device=device_name(pl_module.device), ranks=trainer.world_size)
+        if not isinstance(pl_module, LanguageModule):
+            return
         model = pl_module.model
         total, active, trained = parameter_counts(model)
         self.run.write(
             parameters={"total": total, "active": active, "trained": trained},
             experts={"per_layer": model.num_experts, "per_token": model.top_k},
-            device=device_name(pl_module.device),
-            ranks=trainer.world_size,
         )
 
     @rank_zero_only

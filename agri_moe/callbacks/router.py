@@ -14,7 +14,6 @@ from torch import Tensor
 
 from agri_moe.callbacks.figures import last_step, log_figure, run_folder
 from agri_moe.metrics import RoutingStatistics
-from agri_moe.models.base import LanguageModule
 
 
 class RouterMonitor(lightning.Callback):
@@ -62,8 +61,8 @@ class RouterMonitor(lightning.Callback):
 
     def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Draw the load of every layer and expert over the validation rows, and write it down."""
-        assert isinstance(pl_module, LanguageModule)
-        stats = pl_module.val_routing.compute() if pl_module.model.routers else {}
+        routing = getattr(pl_module, "val_routing", None)  # a dense model has none
+        stats = routing.compute() if isinstance(routing, RoutingStatistics) else {}
         folder = run_folder(trainer) / "routing"
         if stats and not trainer.sanity_checking:
             log_figure(trainer, "expert_load", draw_load(stats["load"]))

@@ -10,7 +10,7 @@ from agri_moe.models.base import LanguageModule
 
 
 class Throughput(lightning.Callback):
-    """Log `throughput/tokens_per_second` and `throughput/supervised_tokens_per_second`, over all ranks.
+    """Log `throughput/tokens_per_second` and, of a language model, `supervised_tokens_per_second`, over all ranks.
 
     Padding counts as no token; time spent in validation does not count.
 
@@ -39,15 +39,17 @@ class Throughput(lightning.Callback):
         """Count the finished step; log when due."""
         if trainer.global_step == self._counted_step:
             return  # still accumulating
-        assert isinstance(pl_module, LanguageModule)
         self._counted_step = trainer.global_step
         self._tokens = self._tokens + batch["step_tokens"]
-        self._supervised = self._supervised + pl_module.objective.counts(batch)[0]
+        if isinstance(pl_module, LanguageModule):
+            self._supervised = self._supervised + pl_module.objective.counts(batch)[0]
         if trainer.global_step % self.every_n_steps:
             return
-        tokens, supervised = int(self._tokens), int(self._supervised)  # waits for the device
+        counts = {"tokens_per_second": int(self._tokens)}  # waits for the device
+        if isinstance(pl_module, LanguageModule):
+            counts["supervised_tokens_per_second"] = int(self._supervised)
         seconds = time.perf_counter() - self._started
-        rates = {"tokens_per_second": tokens / seconds, "supervised_tokens_per_second": supervised / seconds}
+        rates = {name: count / seconds for name, count in counts.items()}
         for logger in trainer.loggers:
             logger.log_metrics({f"throughput/{k}": v for k, v in rates.items()}, step=last_step(trainer))
         self._restart(trainer)

@@ -12,6 +12,7 @@ them needs no communication between ranks. (Of streamed rows that is done in str
 from __future__ import annotations
 
 import bisect
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -235,7 +236,8 @@ class StepSampler(Sampler[list[MicroBatch]]):
 
     Epoch and place in it are derived from the trainer's count of processed micro-batches, which Lightning
     restores with a checkpoint; how far the loader had read ahead does not matter. Without a trainer it plays
-    epoch 0.
+    epoch 0. A module in training that has `rows_again_after` gets the rows from the beginning every so many
+    micro-batches.
 
     Args:
         sequences: Rows of each sequence, from `pack`.
@@ -275,10 +277,20 @@ class StepSampler(Sampler[list[MicroBatch]]):
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         place = place_of(self.trainer, self.shuffle)
         length = self._planned()
+        again = getattr(getattr(self.trainer, "lightning_module", None), "rows_again_after", None)
+        if self.shuffle and again is not None and length:
+            return self._replayed(place, length, again)
         epoch, start = divmod(place.done, length) if length else (0, 0)
         if getattr(self.trainer, "overfit_batches", 0.0):
             epoch = 0  # the same few batches again and again is what overfitting asks for
         return iter([[plan] for plan in self.plan(epoch, place.rank, place.world_size, place.accumulate)[start:]])
+
+    def _replayed(self, place: Place, length: int, again: int) -> Iterator[list[MicroBatch]]:
+        """To the end of Lightning's epoch, for a module that wants the same rows every `again` micro-batches."""
+        plan = functools.lru_cache(maxsize=1)(self.plan)
+        for done in range(place.done, (place.done // length + 1) * length):
+            epoch, at = divmod(done % again, length)
+            yield [plan(epoch, place.rank, place.world_size, place.accumulate)[at]]
 
     def _planned(self) -> int:
         """Micro-batches of an epoch after `limit_train_batches`, as Lightning counts them."""

@@ -3,14 +3,11 @@
 Shapes: B batch, T sequence, N supervised positions, M of them with KL, L layers, E experts.
 """
 
-import math
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any, cast
 
-import lightning
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -26,6 +23,7 @@ from agri_moe.models.causal import CausalModel
 from agri_moe.models.experts import visits
 from agri_moe.models.sharding import shard
 from agri_moe.models.source import ModelConfig, check_vocabulary
+from agri_moe.models.training import TrainingModule, warmup_cosine
 from agri_moe.models.upcycle import is_moe
 from agri_moe.objective import Batch, Objective, Plan, Running, Term
 from agri_moe.optimizer import OptimizerConfig
@@ -34,7 +32,7 @@ from agri_moe.stages import Stage, StageSettings, check_total, settings, spans, 
 from agri_moe.teacher import TeacherSignal
 
 
-class LanguageModule(lightning.LightningModule, ABC):
+class LanguageModule(TrainingModule, ABC):
     """A language model in training.
 
     Nothing is loaded before `configure_model`; `check` finds what can be found wrong before that.
@@ -92,11 +90,6 @@ class LanguageModule(lightning.LightningModule, ABC):
     def model_config(self) -> ModelConfig:
         """Which model is trained."""
 
-    @property
-    def chat(self) -> Chat:
-        """Tokenizer, markers and chat template of the data module."""
-        return self.trainer.datamodule.chat  # type: ignore[attr-defined]
-
     def check(self, chat: Chat) -> None:
         """Find mistakes in the settings before any weight is read or any row is tokenised.
 
@@ -145,8 +138,7 @@ class LanguageModule(lightning.LightningModule, ABC):
 
     def setup(self, stage: str) -> None:
         """Check once more where the module is used without the command line."""
-        if str(self.trainer.precision).startswith("16"):
-            raise ValueError("trainer.precision: float16 is not supported; use bf16-mixed, bf16-true or 32-true.")
+        super().setup(stage)
         if self.device_mesh is not None and self.device_mesh["tensor_parallel"].size() > 1:
             # Lightning's default takes the GPUs of a node for tensor parallelism: they would drift apart in silence.
             raise ValueError(
@@ -268,29 +260,6 @@ class LanguageModule(lightning.LightningModule, ABC):
             return [range(total)]  # a trial of a few steps sees the first stage only
         return spans(self.stage_config, total, self._epoch_steps)
 
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole run.
-
-        Lightning's own estimate is not used: it rebuilds the loaders and so loses the place in a resumed epoch.
-        """
-        trainer = self.trainer
-        if trainer.max_steps > 0:
-            return trainer.max_steps
-        if trainer.max_epochs is None or trainer.max_epochs < 0:
-            raise ValueError("trainer.max_steps or trainer.max_epochs must be set: the schedule needs an end.")
-        return trainer.max_epochs * self._epoch_steps()
-
-    def _epoch_steps(self) -> int:
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        if getattr(data, "streaming", False):
-            raise ValueError(
-                "trainer.max_steps must be set, and stages must count in steps, for streamed rows: "
-                "their number is not known."
-            )
-        batches, limit = len(data.train_dataloader()), self.trainer.limit_train_batches
-        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-        return math.ceil(batches / self.trainer.accumulate_grad_batches)
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the architecture beside the weights, and the optimizer's state by name.
 
@@ -335,11 +304,6 @@ class LanguageModule(lightning.LightningModule, ABC):
             state.update({name: t for name, t in ours.items() if name not in fits})
 
     # ------------------------------------------------------------------ training
-
-    @cached_property
-    def replicas(self) -> int:
-        """What the framework divides each micro-batch's gradient by: accumulated micro-batches times ranks."""
-        return self.trainer.world_size * self.trainer.accumulate_grad_batches
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Choose positions on the CPU, where it costs no synchronisation with the device."""
@@ -434,11 +398,6 @@ class LanguageModule(lightning.LightningModule, ABC):
         torch.manual_seed(hash((self.seed, self.global_step, batch_idx, self.global_rank)))
 
     @property
-    def seed(self) -> int:
-        """The run's `seed_everything`."""
-        return int(os.environ.get("PL_GLOBAL_SEED", "0"))
-
-    @property
     def now(self) -> Moment:
         """Where training stands."""
         return Moment(self.schedule_step, self.stage_progress, self.replicas)
@@ -516,24 +475,9 @@ class LanguageModule(lightning.LightningModule, ABC):
             self.log("train/stage", float(self.stage_index + 1))
         self._step_terms.clear()
 
-    def _unlog(self) -> None:
-        """Drop what was logged of training: Lightning repeats a value at every step until another takes its place."""
-        results: Any = self.trainer.fit_loop.epoch_loop._results
-        for key in [key for key, result in results.items() if result.meta.name.startswith("train/")]:
-            del results[key]
-
     def log_step(self, values: dict[str, Tensor]) -> None:
         """Log the terms of a finished step."""
         self.log_dict({f"train/{name}": value for name, value in values.items()}, prog_bar=True)
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, and let the gradients go.
-
-        Lightning clears them between the next forward and backward pass: all that while they would stand beside the
-        activations.
-        """
-        super().optimizer_step(*args, **kwargs)
-        self.zero_grad(set_to_none=True)
 
     def configure_gradient_clipping(
         self,
@@ -665,14 +609,6 @@ def _by_name(state: dict[str, Any], names: Sequence[str]) -> None:
 def layer_name(term: str, layer: int) -> str:
     """Name of one layer's share of a term."""
     return f"{term}/layer_{layer:02d}"
-
-
-def warmup_cosine(step: int, *, warmup: int, total: int, final: float) -> float:
-    """Factor on the learning rate: linear from 0 over `warmup` steps, then half a cosine down to `final` at `total`."""
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    progress = min((step - warmup) / max(total - warmup, 1), 1.0)
-    return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def parameter_counts(model: CausalModel) -> tuple[int, int, int]:

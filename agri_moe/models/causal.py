@@ -14,7 +14,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from agri_moe.models.attention import capture_attention
 from agri_moe.models.experts import follow_autocast
@@ -134,7 +134,7 @@ class CausalModel(nn.Module):
             hidden_BTD = backbone(
                 input_ids=batch["input_ids"],
                 position_ids=batch["position_ids"],
-                attention_mask=self._mask(batch["position_ids"]),
+                attention_mask=packed_mask(self.hf.config, batch["position_ids"]),
                 use_cache=False,
             ).last_hidden_state
         self._expert_outputs = None
@@ -163,20 +163,6 @@ class CausalModel(nn.Module):
         if self.layer_dtype is None:
             return nullcontext()
         return torch.autocast(self.device.type, self.layer_dtype)
-
-    def _mask(self, position_ids_BT: Tensor) -> Tensor | None:
-        """Who sees whom, [B, 1, T, T]; None where transformers derives it from `position_ids`.
-
-        It does so for every kernel, but asks the device whether there is more than one row, and so waits for all work
-        that is under way: with sdpa, twice in a step of student and teacher.
-        """
-        config = self.hf.config
-        windows = getattr(config, "sliding_window", None), *(getattr(config, "layer_types", None) or ())
-        if config._attn_implementation != "sdpa" or set(windows) - {None, "full_attention"}:
-            return None
-        rows_BT = (position_ids_BT == 0).cumsum(1)
-        same_BTT = rows_BT[:, :, None] == rows_BT[:, None, :]
-        return same_BTT.tril()[:, None]
 
     def _project(
         self, layers: dict[int, Tensor], batch: dict[str, Tensor], hidden_BTD: Tensor
@@ -209,6 +195,20 @@ class CausalModel(nn.Module):
         outputs_ESD = (experts.down_proj @ (experts.act_fn(gate_EFS) * up_EFS)).transpose(1, 2)
         if self._expert_outputs is not None:
             self._expert_outputs[layer] = outputs_ESD
+
+
+def packed_mask(config: PreTrainedConfig, position_ids_BT: Tensor) -> Tensor | None:
+    """Who sees whom, [B, 1, T, T]; None where transformers derives it from `position_ids`.
+
+    It does so for every kernel, but asks the device whether there is more than one row, and so waits for all work
+    that is under way: with sdpa, twice in a step of student and teacher.
+    """
+    windows = getattr(config, "sliding_window", None), *(getattr(config, "layer_types", None) or ())
+    if config._attn_implementation != "sdpa" or set(windows) - {None, "full_attention"}:
+        return None
+    rows_BT = (position_ids_BT == 0).cumsum(1)
+    same_BTT = rows_BT[:, :, None] == rows_BT[:, None, :]
+    return same_BTT.tril()[:, None]
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +45,7 @@ from agri_moe.models.upcycle import stored_placed, unreadable, write_moe_config
 RECORD = "compression.json"
 ROUNDS = 4
 HELD_OUT = 0.1  # of the calibration tokens, on which the error is told
+RANKED = 8  # experts of a layer whose differences are decomposed for the report: 128 would take longer than the fit
 RIDGE = 1e-4  # over the mean of a covariance's diagonal
 
 
@@ -286,7 +288,8 @@ class LayerReport:
 
     Args:
         layer: Number of the decoder layer.
-        input_rank: Effective rank (Roy & Vetterli 2007) of an expert's difference from the core, gate above up; mean.
+        input_rank: Effective rank (Roy & Vetterli 2007) of an expert's difference from the core, gate above up; mean
+            over at most RANKED experts.
         output_rank: The same of down.
         cosine: Mean cosine between the differences of two experts; E unrelated ones and their mean have -1 / (E - 1).
         weight_error: Relative error of the experts' weights.
@@ -327,10 +330,11 @@ def look_at(
     errors = [core.gate_up @ inputs.matrices() - experts.gate_up, outputs.matrices() @ core.down - experts.down_EDF]
     squares = [sum(float(t.square().sum()) for t in two) for two in (errors, (experts.gate_up, experts.down_EDF))]
     kept = sum(t.numel() for t in (*core, *inputs, *outputs))
+    ranked = range(0, len(first), -(-len(first) // RANKED))
     return LayerReport(
         layer,
-        input_rank=sum(map(effective_rank, first)) / len(first),
-        output_rank=sum(map(effective_rank, second)) / len(second),
+        input_rank=fmean(effective_rank(first[e]) for e in ranked),
+        output_rank=fmean(effective_rank(second[e]) for e in ranked),
         cosine=mean_cosine(torch.cat([first.flatten(1), second.flatten(1)], dim=1)),
         weight_error=(squares[0] / squares[1]) ** 0.5,
         output_error=output_error,

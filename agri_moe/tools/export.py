@@ -37,6 +37,7 @@ def export(
 
     import torch
 
+    from agri_moe.models.replaced import is_replaced, stock_model
     from agri_moe.models.shared_core import SharedCoreForCausalLM, multiplied_out
     from agri_moe.models.upcycle import is_moe, write_moe_config
     from agri_moe.runs import newest_checkpoint
@@ -46,6 +47,8 @@ def export(
     model, chat = load_trained(path, "--checkpoint")
     if isinstance(model, SharedCoreForCausalLM):
         model = multiplied_out(model)
+    if is_replaced(model):
+        model = stock_model(model, f"--checkpoint {path}")
     for parameter in model.parameters():  # not `model.to`, which rounds the frequencies of rotary positions too
         parameter.data = parameter.data.to(getattr(torch, dtype))
     _set_generation(model, chat)

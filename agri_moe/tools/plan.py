@@ -27,6 +27,7 @@ def plan(*fit: str, throughput: float | None = None, gpu_memory: float = 80.0, o
     from dataclasses import asdict
     from pathlib import Path
 
+    from agri_moe.models.base import LanguageModule
     from agri_moe.planning import Planner, read_config, read_run
     from agri_moe.runs import replace_text
 
@@ -35,6 +36,8 @@ def plan(*fit: str, throughput: float | None = None, gpu_memory: float = 80.0, o
     if gpu_memory <= 0:
         raise ValueError(f"--gpu_memory is {gpu_memory:g}: it must be above 0, in GB.")
     cli = read_config(fit)
+    if not isinstance(cli.model, LanguageModule):
+        raise ValueError("plan adds up what training a language model costs: give it a config of one, not of layers.")
     planner = Planner(cli.model, cli.datamodule, read_run(cli.settings["trainer"]))
     limit = round(gpu_memory * 1e9)
     found = planner.plan(throughput, limit)
