@@ -48,7 +48,7 @@ def draw_terms(record: Record) -> Figure | None:
         for split, style in (("train", {"color": "tab:blue"}), ("val", {"color": "tab:orange", "marker": "o"})):
             curve = record.curves.get(f"{split}/{term}")
             if curve is not None:
-                _plot(axes, curve, split, **style)
+                _plot(axes, f"{split}/{term}", curve, split, **style)
         axes.set_title(TITLES.get(term, term))
         _log_if_wide(axes, [record.curves[f"train/{term}"]])
     panels[0].legend()
@@ -60,7 +60,7 @@ def draw_compared(curves: Mapping[str, Mapping[str, Curve]]) -> Figure:
     figure, panels = _grid(len(curves), 4.6, 3.2)
     for axes, (metric, by_run) in zip(panels, curves.items(), strict=True):
         for run, curve in by_run.items():
-            _plot(axes, curve, run, marker="o" if len(curve.steps) < 30 else None)
+            _plot(axes, metric, curve, run, marker="o" if len(curve.steps) < 30 else None)
         axes.set_title(metric)
         _log_if_wide(axes, list(by_run.values()))
         axes.legend(fontsize=8)
@@ -83,7 +83,7 @@ def draw_routing(record: Record) -> Figure | None:
     for axes, kind in zip(panels, kinds, strict=True):
         for i, (name, curve) in enumerate(sorted(found[kind].items())):
             colour = _layer_colour(i, len(found[kind]))
-            _plot(axes, curve, f"layer {int(name[-2:])}", color=colour)
+            _plot(axes, name, curve, f"layer {int(name[-2:])}", color=colour)
         axes.set_title(kinds[kind])
     if len(found["router_entropy"]) <= 12:
         panels[1].legend(fontsize=8)
@@ -144,8 +144,10 @@ def _grid(panels: int, width: float, height: float) -> tuple[Figure, list[Any]]:
     return figure, list(axes[:panels])
 
 
-def _plot(axes: Any, curve: Curve, label: str, **style: Any) -> None:
-    axes.plot([done(step) for step in curve.steps], curve.values, label=label, linewidth=1.3, markersize=4, **style)
+def _plot(axes: Any, name: str, curve: Curve, label: str, **style: Any) -> None:
+    axes.plot(
+        [done(name, step) for step in curve.steps], curve.values, label=label, linewidth=1.3, markersize=4, **style
+    )
     axes.set_xlabel("optimizer steps")
     axes.grid(alpha=0.3)
 

@@ -27,6 +27,8 @@ IDLE = 0.1
 """An expert with less than this part of the even share of its layer's assignments counts as idle; 0 is dead."""
 UNDECIDED = 0.99
 """Normalised entropy of a router above which it has not learned to choose."""
+LITTLE = 0.01
+"""Share by which a loss must change to be said to have fallen or risen."""
 LEARNED = 0.01
 """Normalised entropy that the routers must have lost to be said to have learned."""
 SPIKE = 0.5
@@ -212,9 +214,9 @@ def parse_samples(path: Path) -> list[Sample]:
     return found
 
 
-def done(step: int) -> int:
-    """Optimizer steps done at an entry of the logger, which counts from 0; the entry at 0 is before the first."""
-    return step + 1 if step else 0
+def done(name: str, step: int) -> int:
+    """Optimizer steps done at an entry of the logger, which counts from 0; validation at 0 is before the first."""
+    return 0 if step == 0 and name.startswith("val/") else step + 1
 
 
 # ---------------------------------------------------------------------- facts
@@ -222,11 +224,15 @@ def done(step: int) -> int:
 
 def introduction(record: Record) -> str:
     """What this is about, for someone who has never seen a run."""
-    experts = record.status.get("experts", {}).get("per_layer", 0)
+    experts, chosen = _experts(record)
+    if str(record.config["model"].get("class_path")).endswith("LayerwiseModule"):
+        return (
+            f"In each layer of a frozen dense model, a mixture of {experts} experts, {chosen} of which read a token, "
+            "was trained to give what the layer's feed-forward network gives."
+        )
     text = "A language model"
     if experts:
-        text += f" that is a mixture of {experts} experts in each layer, {record.status['experts']['per_token']} of "
-        text += "which read a token,"
+        text += f" that is a mixture of {experts} experts in each layer, {chosen} of which read a token,"
     text += " was trained"
     if record.setting("model.teacher"):
         text += " to answer as the rows do and as a frozen, larger model, the teacher, would"
@@ -239,7 +245,7 @@ def facts(record: Record) -> list[tuple[str, str]]:
     """What was trained, on what, where and for how long: names and values, what is not known left out."""
     status, ranks = record.status, record.status.get("ranks", 1)
     planned = record.setting("trainer.max_steps")
-    steps = status.get("steps") or max((done(c.steps[-1]) for c in record.curves.values()), default=0)
+    steps = status.get("steps") or max((done(n, c.steps[-1]) for n, c in record.curves.items()), default=0)
     lines = [
         ("Model", _model(record)),
         ("Parameters", _parameters(status.get("parameters"))),
@@ -259,15 +265,17 @@ def facts(record: Record) -> list[tuple[str, str]]:
 
 
 def _model(record: Record) -> str:
-    key = "model.student" if record.setting("model.student") else "model.network"
-    source = record.setting(f"{key}.source")
-    text = str(source) if source else "random weights"
-    experts = record.status.get("experts", {"per_layer": 0})
-    return (
-        f"{text}; {experts['per_layer']} experts per layer, {experts['per_token']} per token"
-        if experts["per_layer"]
-        else text
-    )
+    keys = ("model.student.source", "model.network.source", "model.source")
+    text = str(next((source for key in keys if (source := record.setting(key))), "random weights"))
+    experts, chosen = _experts(record)
+    return f"{text}; {experts} experts per layer, {chosen} per token" if experts else text
+
+
+def _experts(record: Record) -> tuple[int, int]:
+    """Experts of a layer, and how many a token visits; 0 of a dense model, or where neither log nor config tells."""
+    found = record.status.get("experts") or {}
+    experts = found.get("per_layer") or record.setting("model.num_experts") or 0
+    return experts, found.get("per_token") or record.setting("model.num_experts_per_tok") or 0
 
 
 def _parameters(counts: Mapping[str, int] | None) -> str:
@@ -334,6 +342,11 @@ METRICS = {
     "perplexity_thought": "the same on the thought",
     "perplexity_assistant": "the same on the advisory",
     "balanced_perplexity": "perplexity, times exp(1 - balance_score)",
+    "mse": "mean square of what the mixtures' outputs differ by from the networks'",
+    "relative_error": "norm of the differences over the norm of the networks' outputs",
+    "cosine": "mean cosine of the two outputs; 1: alike",
+    "ce_dense": "cross-entropy of the dense model",
+    "perplexity_dense": "its perplexity",
 }
 
 
@@ -361,12 +374,18 @@ def say_losses(record: Record) -> list[str]:
         if len(curve.values) == 1:
             said.append(f"{what} is {curve.last:.4g} nats per token; it was measured once.")
             continue
-        verb = "fell" if curve.last < curve.first else "rose"
         lowest = int(np.argmin(curve.values))
+        first, last, least = (done(name, curve.steps[i]) for i in (0, -1, lowest))
+        if abs(curve.last - curve.first) < LITTLE * abs(curve.first):
+            said.append(
+                f"{what} hardly changed: {curve.first:.4g} nats per token at step {first:,}, {curve.last:.4g} at step "
+                f"{last:,}."
+            )
+            continue
+        verb = "fell" if curve.last < curve.first else "rose"
         said.append(
-            f"{what} {verb} from {curve.first:.4g} nats per token (step {done(curve.steps[0]):,}) to {curve.last:.4g} "
-            f"(step {done(curve.steps[-1]):,})"
-            + ("." if lowest == len(curve.values) - 1 else f"; it was lowest at step {done(curve.steps[lowest]):,}.")
+            f"{what} {verb} from {curve.first:.4g} nats per token (step {first:,}) to {curve.last:.4g} (step {last:,})"
+            + ("." if least == last else f"; it was lowest at step {least:,}.")
         )
     if (curve := record.curves.get("val/agreement")) is not None:
         said.append(f"Student and teacher put the same token first at {curve.last:.1%} of the tokens compared.")
@@ -481,10 +500,11 @@ def _losses(record: Record) -> list[str]:
     for name, curve in record.curves.items():
         broken = [step for step, value in zip(*curve, strict=True) if not math.isfinite(value)]
         if name.startswith(("train/", "val/")) and broken:
-            said.append(f"{name} is not finite at {len(broken)} entries, first at step {done(broken[0]):,}.")
+            said.append(f"{name} is not finite at {len(broken)} entries, first at step {done(name, broken[0]):,}.")
     if (training := record.curves.get("train/ce")) is not None:
         said += [
-            f"Loss spike: train/ce jumped to {value:.3g} at step {done(step):,}, from a median of {usual:.3g} before."
+            f"Loss spike: train/ce jumped to {value:.3g} at step {done('train/ce', step):,}, from a median of "
+            f"{usual:.3g} before."
             for step, value, usual in spikes(training)
         ]
     for name in ("val/ce", "val/kl"):
@@ -494,7 +514,7 @@ def _losses(record: Record) -> list[str]:
         if held_out.last > (1 + WORSE) * held_out.values[at]:
             said.append(
                 f"{name} ends at {held_out.last:.4g}, above the {held_out.values[at]:.4g} of step "
-                f"{done(held_out.steps[at]):,}: later training made it worse."
+                f"{done(name, held_out.steps[at]):,}: later training made it worse."
             )
     return said
 
