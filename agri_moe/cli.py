@@ -56,6 +56,16 @@ TOOLS = {
         "tell what a config will cost in memory, time and disk, before it runs",
         "plan --config configs/distill.yaml",
     ),
+    "similarity": (
+        "agri_moe.tools.similarity:similarity",
+        "compare two checkpoints layer by layer, and the experts of one, with CKA",
+        "similarity --source student --target teacher --data rows.parquet --output similarity",
+    ),
+    "report": (
+        "agri_moe.tools.report:report",
+        "write a page with pictures about a run, or a comparison of several",
+        "report --run lightning_logs/version_0",
+    ),
     "export": (
         "agri_moe.tools.export:export",
         "write a checkpoint as a Hugging Face folder, round trip proven",
@@ -144,7 +154,8 @@ def _ours(error: BaseException) -> bool:
 def run_tool(name: str, args: Sequence[str]) -> None:
     """Parse a tool's arguments from its function's signature and call it.
 
-    A function with `*arguments` is given there what is none of its options, for another parser to read.
+    A function with `*arguments` is given there what is none of its options, for another parser to read. An option that
+    takes a list may be given more than once.
     """
     target, purpose, example = TOOLS[name]
     module, function_name = target.split(":")
@@ -159,7 +170,15 @@ def run_tool(name: str, args: Sequence[str]) -> None:
     rest: list[str] = []
     if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
         args, rest = _split(args, {f"--{parameter.name}" for parameter in parameters} | {"-h", "--help"})
+    lists = {f"--{parameter.name}" for parameter in parameters if str(parameter.annotation).startswith("list[")}
+    args = [_appended(arg) if arg.split("=")[0] in lists else arg for arg in args]
     function(*rest, **parser.parse_args(list(args)).as_dict())
+
+
+def _appended(option: str) -> str:
+    """An option in jsonargparse's form for one more element of a list."""
+    name, *value = option.split("=", 1)
+    return "=".join([f"{name}+", *value])
 
 
 def _split(args: Sequence[str], options: set[str]) -> tuple[list[str], list[str]]:

@@ -41,9 +41,9 @@ def step(title: str, *args: str) -> Any:
     return main(args)
 
 
-def train(name: str, title: str) -> None:
-    """Train one model from its config and export it as a Hugging Face folder."""
-    step(title, "fit", "--config", f"configs/demo/{name}.yaml")
+def train(name: str, title: str) -> Path:
+    """Train one model from its config and export it as a Hugging Face folder; the run's folder."""
+    cli = step(title, "fit", "--config", f"configs/demo/{name}.yaml")
     step(
         f"Export it as {name}",
         "export",
@@ -54,6 +54,7 @@ def train(name: str, title: str) -> None:
         "--dtype",
         "float32",
     )
+    return cli.run.folder
 
 
 def measure(name: str) -> Result:
@@ -148,6 +149,20 @@ def show_answers(count: int = 5) -> None:
         print(f"\nस्थिति: {scenario}\nविचार: {row['generated_thought']}\nसलाह: {row['generated_advisory']}")
 
 
+def write_reports(distilled: Path, control: Path) -> None:
+    """A page about the distillation, with its experts by crop, and one that compares it with the control."""
+    step(
+        "Compare layers and experts",
+        *("similarity", "--source", str(OUTPUT / "distilled"), "--target", str(OUTPUT / "teacher")),
+        *("--data", str(VALIDATION), "--group_by", "scenario.फसल", "--output", str(distilled / "similarity")),
+    )
+    step("Write the report", "report", "--run", str(distilled))
+    step(
+        "Compare it with the control",
+        *("report", "--run", str(distilled), "--run", str(control), "--output", str(OUTPUT / "comparison")),
+    )
+
+
 def demo() -> None:
     """Corpus, teacher, dense model, upcycling, distillation, a control without a teacher, and the table."""
     started = time.perf_counter()
@@ -169,12 +184,15 @@ def demo() -> None:
         "4",
     )
     step("Audit it", "audit", "--student", str(OUTPUT / "upcycled"))
-    train("distilled", "Distil the teacher into it")
-    train("control", "Train the same student for as many steps without the teacher")
+    distilled = train("distilled", "Distil the teacher into it")
+    control = train("control", "Train the same student for as many steps without the teacher")
     results = [measure(name) for name in NAMES]
     show_answers()
+    write_reports(distilled, control)
     report(results)
     print(f"\nThe whole demo took {(time.perf_counter() - started) / 60:.1f} minutes. Where to look next:")
+    print(f"  {distilled}/report/index.html     the run on one page, with pictures; open it in a browser")
+    print(f"  {OUTPUT}/comparison/index.html     distilled and control side by side")
     print(f"  tensorboard --logdir {OUTPUT}/lightning_logs     curves, router heat maps, CKA, sample advisories")
     print(f"  python main.py generate --model {OUTPUT}/distilled --scenario '...'")
     print("  configs/demo/distilled.yaml, configs/distill.yaml   change them, point them at your own rows and models")

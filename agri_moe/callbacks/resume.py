@@ -1,6 +1,7 @@
-"""Checkpoints that count only when whole, and the end of a run."""
+"""Checkpoints that count only when whole, and what a run says of itself."""
 
 import os
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 
+from agri_moe.models.base import LanguageModule, parameter_counts
 from agri_moe.runs import MARKER, Lock, Run, mark_complete
 from agri_moe.trained import check_intact, read_sharded
 
@@ -91,7 +93,7 @@ class Checkpoint(ModelCheckpoint):
 
 
 class RunStatus(lightning.Callback):
-    """Mark the run as finished when training has come to its end, and let go of its folder.
+    """Write down what is trained and on what, and that the run has finished; then let go of its folder.
 
     Args:
         run: The run's folder.
@@ -101,6 +103,19 @@ class RunStatus(lightning.Callback):
     def __init__(self, run: Run, lock: Lock | None):
         self.run = run
         self.lock = lock
+
+    @rank_zero_only
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """The machine, and the size of a language model; of what is trained beside one, the log tells."""
+        self.run.write(device=device_name(pl_module.device), ranks=trainer.world_size)
+        if not isinstance(pl_module, LanguageModule):
+            return
+        model = pl_module.model
+        total, active, trained = parameter_counts(model)
+        self.run.write(
+            parameters={"total": total, "active": active, "trained": trained},
+            experts={"per_layer": model.num_experts, "per_token": model.top_k},
+        )
 
     @rank_zero_only
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -118,3 +133,12 @@ class RunStatus(lightning.Callback):
     def _release(self) -> None:
         if self.lock is not None:
             self.lock.release()
+
+
+def device_name(device: torch.device) -> str:
+    """What a GPU calls itself, or a CPU where Linux tells."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpus = Path("/proc/cpuinfo")
+    lines = cpus.read_text().splitlines() if cpus.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

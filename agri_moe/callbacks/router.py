@@ -3,13 +3,16 @@
 Shapes: L layers, E experts.
 """
 
+from pathlib import Path
 from typing import Any
 
 import lightning
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from agri_moe.callbacks.figures import last_step, log_figure
+from agri_moe.callbacks.figures import last_step, log_figure, run_folder
 from agri_moe.metrics import RoutingStatistics
 
 
@@ -18,7 +21,8 @@ class RouterMonitor(lightning.Callback):
 
     Per layer: `router_entropy/layer_NN` (mean entropy of the router's distribution over log E; 1 is undecided) and
     `expert_balance/layer_NN` (entropy of the experts' load over log E; 1 is a perfect balance, 0 one expert for all).
-    At every validation: a heat map of each expert's share of the assignments.
+    At every validation: a heat map of each expert's share of the assignments, and `routing/step=NNNNNNNN.npz` in the
+    run's folder (`load` [layers, experts], shares; `normalized_entropy` and `balance` [layers]; `step`).
 
     Args:
         every_n_steps: Optimizer steps between two entries; each entry covers the tokens of its own step.
@@ -56,11 +60,20 @@ class RouterMonitor(lightning.Callback):
         self._statistics.reset()
 
     def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Draw the load of every layer and expert over the validation rows."""
+        """Draw the load of every layer and expert over the validation rows, and write it down."""
         routing = getattr(pl_module, "val_routing", None)  # a dense model has none
         stats = routing.compute() if isinstance(routing, RoutingStatistics) else {}
-        if stats:
+        folder = run_folder(trainer) / "routing"
+        if stats and not trainer.sanity_checking:
             log_figure(trainer, "expert_load", draw_load(stats["load"]))
+            _save(folder, stats, trainer.global_step)
+
+
+@rank_zero_only
+def _save(folder: Path, stats: dict[str, Tensor], step: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    load, entropy, balance = (stats[name].cpu().numpy() for name in ("load", "normalized_entropy", "balance"))
+    np.savez(folder / f"step={step:08d}.npz", load=load, normalized_entropy=entropy, balance=balance, step=step)
 
 
 def draw_load(load_LE: Tensor) -> Figure:

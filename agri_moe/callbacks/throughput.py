@@ -60,5 +60,5 @@ class Throughput(lightning.Callback):
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Go on where the clock stopped."""
-        if trainer.training and hasattr(self, "_started"):
+        if hasattr(self, "_started"):
             self._started += time.perf_counter() - self._paused
