@@ -19,8 +19,7 @@ from agri_moe.runs import Run
 
 Array = np.ndarray[Any, Any]
 
-# Thresholds of the warnings: rules of thumb, chosen so that no run of `make demo` or of benchmarks/ablation.py that
-# learned well is warned about.
+# Thresholds of the warnings: rules of thumb, chosen so that runs of the demo that learned well are not warned about.
 COLLAPSED = 0.5
 """Balance of a layer below which it counts as collapsed: with 8 experts, as if sqrt(8) = 2.8 of them shared all."""
 IDLE = 0.1
