@@ -322,7 +322,10 @@ def test_excess_and_marks_by_hand():
     assert results["KL alone, online"][2]["loss"] == 4.0
     above = cached.excess(results, cached.CELLS["KL alone, top 50"], "kl")
     assert above == pytest.approx((0.02 / 3, 0.01 / math.sqrt(3)))
-    assert cached.marks(results) == ["pass: KL alone, top 50: loss over online, % 0.67, at most 1"]
+    assert cached.marks(results) == [
+        "pass: KL alone, top 50: held-out loss over online, % (spread 0.58) 0.67, at most 1",
+        "pass: KL alone, top 50: held-out ce over online, % (spread 0.00) 0.00, at most 1",
+    ]
     rows = [line.split("|")[1:-1] for line in cached.table(results).splitlines()]
     shown = {(row[0].strip(), row[1].strip()): row[-1].strip() for row in rows}
     assert shown["KL alone", "top 50, no tail"] == "+100.00"
