@@ -66,9 +66,9 @@ SOURCES = {
 ANSWERS = ("--kind", "sampled", "--draws", "50")
 # Little is to be learned, so noise must be less: large steps, no decay, and a rate that goes down to nothing.
 DISTILLED: dict[str, Any] = {
-    "steps": 250,
+    "steps": 500,
     "tokens_per_batch": 4096,
-    "learning_rate": 2e-4,
+    "learning_rate": 5e-4,
     "optimizer": {"warmup_steps": 20, "weight_decay": 0.0, "final_learning_rate": 0.0},
 }
 CALIBRATION_TOKENS = 32768
