@@ -247,6 +247,16 @@ def torch_cka_matrix(xs: Sequence[Tensor], ys: Sequence[Tensor], batch_size: int
     return matrix
 
 
+def experts_within(features: Features, batch_size: int) -> dict[int, Array]:
+    """Layer -> CKA of each of its experts with each, [E, E]."""
+    found = {}
+    for number, outputs_EMD in zip(features.expert_layers, features.experts, strict=True):
+        names = (f"layer {number}, expert", f"layer {number}, expert again")
+        size = min(batch_size, outputs_EMD.shape[1])
+        found[number] = torch_cka_matrix(list(outputs_EMD), list(outputs_EMD), size, names)
+    return found
+
+
 def _scaled(x_ND: Tensor, name: str) -> Tensor:
     """Centred, and of length 1 on the mean: CKA does not see it, but torch-cka's float32 sums of squares do."""
     x_ND = x_ND.float()

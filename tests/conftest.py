@@ -85,6 +85,21 @@ def rows(chat: Any) -> list[Any]:
     return [PackedRow(i, np.array(e.input_ids), np.array(e.segment_ids)) for i, e in enumerate(encoded)]
 
 
+def _rows(corpus: Path, tmp_path: Path) -> dict[str, Any]:
+    """The data section of a small run."""
+    return {
+        "class_path": "agri_moe.data.chat_data.ChatDataModule",
+        "init_args": {
+            "train": str(corpus / "train.parquet"),
+            "validation": str(corpus / "validation.parquet"),
+            "tokenizer": str(corpus / "tokenizer"),
+            "max_length": 512,
+            "tokens_per_batch": 1024,
+            "cache_dir": str(tmp_path / "cache"),
+        },
+    }
+
+
 @pytest.fixture
 def distill_config(tmp_path: Path, corpus: Path, dense: Path, teacher: Path) -> Path:
     """A complete config of a small distillation run, with its output in tmp_path."""
@@ -106,17 +121,7 @@ def distill_config(tmp_path: Path, corpus: Path, dense: Path, teacher: Path) -> 
                 "optimizer": {"warmup_steps": 2},
             },
         },
-        "data": {
-            "class_path": "agri_moe.data.chat_data.ChatDataModule",
-            "init_args": {
-                "train": str(corpus / "train.parquet"),
-                "validation": str(corpus / "validation.parquet"),
-                "tokenizer": str(corpus / "tokenizer"),
-                "max_length": 512,
-                "tokens_per_batch": 1024,
-                "cache_dir": str(tmp_path / "cache"),
-            },
-        },
+        "data": _rows(corpus, tmp_path),
         "trainer": {
             "accelerator": "cpu",
             "default_root_dir": str(tmp_path),
@@ -167,17 +172,7 @@ def layerwise_config(tmp_path: Path, corpus: Path, dense: Path) -> Any:
                 }
                 | model,
             },
-            "data": {
-                "class_path": "ChatDataModule",
-                "init_args": {
-                    "train": str(corpus / "train.parquet"),
-                    "validation": str(corpus / "validation.parquet"),
-                    "tokenizer": str(corpus / "tokenizer"),
-                    "max_length": 512,
-                    "tokens_per_batch": 1024,
-                    "cache_dir": str(tmp_path / "cache"),
-                },
-            },
+            "data": _rows(corpus, tmp_path),
             "trainer": {
                 "accelerator": "cpu",
                 "default_root_dir": str(tmp_path),

@@ -65,6 +65,24 @@ def test_demo_configs_share_rows_and_batches():
     assert options[0]["student"] == options[1]["network"]
 
 
+def small(corpus, tmp_path):
+    """Options that make two steps on small rows of any shipped config."""
+    return [
+        f"--data.train={corpus / 'train.parquet'}",
+        f"--data.validation={corpus / 'validation.parquet'}",
+        f"--data.tokenizer={corpus / 'tokenizer'}",
+        f"--data.cache_dir={tmp_path / 'cache'}",
+        "--data.max_length=512",
+        "--data.tokens_per_batch=2048",
+        "--data.num_workers=0",
+        "--trainer.accelerator=cpu",
+        f"--trainer.default_root_dir={tmp_path}",
+        "--trainer.max_steps=2",
+        "--trainer.limit_val_batches=1",
+        "--trainer.enable_progress_bar=false",
+    ]
+
+
 def fit(name, dense, teacher, corpus, tmp_path, *more):
     """Two steps of a shipped config, on small checkpoints of the family."""
     model = "network" if name == "sequence_level" else "student"
@@ -75,21 +93,10 @@ def fit(name, dense, teacher, corpus, tmp_path, *more):
             f"--config={CONFIGS / name}.yaml",
             f"--model.{model}.source={dense}",
             *teachers,
-            f"--data.train={corpus / 'train.parquet'}",
-            f"--data.validation={corpus / 'validation.parquet'}",
-            f"--data.tokenizer={corpus / 'tokenizer'}",
-            f"--data.cache_dir={tmp_path / 'cache'}",
-            "--data.max_length=512",
-            "--data.tokens_per_batch=2048",
-            "--data.num_workers=0",
-            "--trainer.accelerator=cpu",
-            f"--trainer.default_root_dir={tmp_path}",
-            "--trainer.max_steps=2",
+            *small(corpus, tmp_path),
             "--trainer.val_check_interval=4",
             "--trainer.check_val_every_n_epoch=null",
-            "--trainer.limit_val_batches=1",
             "--trainer.log_every_n_steps=1",
-            "--trainer.enable_progress_bar=false",
             *more,
         ]
     )
@@ -147,19 +154,8 @@ def test_layers_are_replaced_and_exported(dense, corpus, tmp_path):
             f"--config={CONFIGS / 'layerwise.yaml'}",
             f"--model.source={dense}",
             "--data=agri_moe.data.chat_data.ChatDataModule",
-            f"--data.train={corpus / 'train.parquet'}",
-            f"--data.validation={corpus / 'validation.parquet'}",
-            f"--data.tokenizer={corpus / 'tokenizer'}",
-            f"--data.cache_dir={tmp_path / 'cache'}",
-            "--data.max_length=512",
-            "--data.tokens_per_batch=2048",
-            "--data.num_workers=0",
-            "--trainer.accelerator=cpu",
-            f"--trainer.default_root_dir={tmp_path}",
-            "--trainer.max_steps=2",
+            *small(corpus, tmp_path),
             "--trainer.val_check_interval=2",
-            "--trainer.limit_val_batches=1",
-            "--trainer.enable_progress_bar=false",
         ]
     )
     assert cli.trainer.global_step == 4

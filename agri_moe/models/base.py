@@ -554,15 +554,8 @@ class LanguageModule(TrainingModule, ABC):
             {name: row[name] for name in kept} | answer.columns() for row, answer in zip(batch, answers, strict=True)
         ]
 
-    def on_validation_epoch_end(self) -> None:
-        """Log what validation has gathered, across ranks."""
-        self._log_evaluation("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log what the test has gathered, across ranks."""
-        self._log_evaluation("test")
-
-    def _log_evaluation(self, prefix: str) -> None:
+    def log_evaluation(self, prefix: str) -> None:
+        """Log what has been gathered, across ranks, and begin anew."""
         losses = self.val_loss.compute()
         if not losses:
             rank_zero_warn(f"{prefix}: no token is supervised, so there is no loss to report.")

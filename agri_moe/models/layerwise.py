@@ -626,15 +626,8 @@ class LayerwiseModule(TrainingModule):
             losses.append(F.cross_entropy(logits, targets, reduction="none"))
         return torch.cat(losses)
 
-    def on_validation_epoch_end(self) -> None:
-        """Log what validation has gathered, across ranks."""
-        self._log_evaluation("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log what the test has gathered, across ranks."""
-        self._log_evaluation("test")
-
-    def _log_evaluation(self, prefix: str) -> None:
+    def log_evaluation(self, prefix: str) -> None:
+        """Log what has been gathered, across ranks, and begin anew."""
         routed = self.val_routing.compute()
         values = self.val_replication.compute()
         if routed:

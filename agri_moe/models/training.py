@@ -36,6 +36,18 @@ class TrainingModule(lightning.LightningModule, ABC):
             ValueError: If there are any.
         """
 
+    @abstractmethod
+    def log_evaluation(self, prefix: str) -> None:
+        """Log what validation (`val`) or test (`test`) has gathered, across ranks, and begin anew."""
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation."""
+        self.log_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test."""
+        self.log_evaluation("test")
+
     def setup(self, stage: str) -> None:
         """Refuse a precision in which gradients would have to be scaled."""
         if str(self.trainer.precision).startswith("16"):

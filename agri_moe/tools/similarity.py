@@ -72,13 +72,9 @@ def similarity(
     found = {"cka": comparison.torch_cka_matrix(one.layers, other.layers, batch_size, sides)}
     pictures = {"cka": draw_matrices({"debiased linear CKA": found["cka"]}, x=sides[1], y=sides[0])}
     if one.experts:
-        size = min(batch_size, one.experts[0].shape[1])
-        within = [
-            comparison.torch_cka_matrix(list(o), list(o), size, (f"layer {n}, expert", f"layer {n}, expert again"))
-            for n, o in zip(one.expert_layers, one.experts, strict=True)
-        ]
-        found |= {"experts": np.stack(within), "expert_layers": np.array(one.expert_layers)}
-        by_layer = {f"layer {n}": matrix for n, matrix in zip(one.expert_layers, within, strict=True)}
+        within = comparison.experts_within(one, batch_size)
+        found |= {"experts": np.stack(list(within.values())), "expert_layers": np.array(list(within))}
+        by_layer = {f"layer {number}": matrix for number, matrix in within.items()}
         pictures["experts"] = draw_matrices(by_layer, x="expert", y="expert")
     if group_by is not None:
         shares, groups = comparison.load_by_group(one, rows, experts)
