@@ -4,12 +4,12 @@
     python benchmarks/layerwise.py memory        a sequential run at 4, 8 and 16 layers
     python benchmarks/layerwise.py throughput    a parallel step against the matrix products that it is made of
 
-`cells`: small dense models trained on the real rows (a Qwen3, the teacher of ablation.py, until its validation loss falls no
-further; a Llama for LLAMA_STEPS), then every mixture of 16 experts, top-2, for as many steps on the same rows in
-the same order. Held out, by layer: relative error (norm of the error over norm of the answer), cosine, entropy of the
-load. Beside it the best fixed subset of the network's own neurons of the same active size: of those that three rules
-choose on training rows (norm of the weights; mean square of what a neuron adds; greedy removal under the neurons' full
-covariance) the one with the least error on the held-out rows, layer by layer, which favours it. Perplexity on the
+`cells`: small dense models trained on the real rows (a Qwen3, the teacher of ablation.py, until its validation loss
+falls no further; a Llama for LLAMA_STEPS), then every mixture of 16 experts, top-2, for as many steps on the same rows
+in the same order. Held out, by layer: relative error (norm of the error over norm of the answer), cosine, entropy of
+the load. Beside it the best fixed subset of the network's own neurons of the same active size: of those that three
+rules choose on training rows (norm of the weights; mean square of what a neuron adds; greedy removal under the neurons'
+full covariance) the one with the least error on the held-out rows, layer by layer, which favours it. Perplexity on the
 held-out rows, all tokens: the dense model's, the replaced model's, and that after a short end-to-end distillation of
 the exported stock model from the dense one. Finished cells are JSON files in DIR, and are not made again; empty DIR
 after changing the code.
