@@ -20,6 +20,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zer
 from agri_moe.callbacks.resume import AtomicCheckpointIO, Checkpoint, RunStatus
 from agri_moe.cli import fail, one_sentence
 from agri_moe.data.chat_data import ChatDataModule
+from agri_moe.evaluation import Row, table
+from agri_moe.models.base import LanguageModule, of_all_ranks
 from agri_moe.models.distill import DistillModule
 from agri_moe.models.layerwise import LayerwiseModule
 from agri_moe.models.pretrain import PretrainModule
@@ -236,15 +238,28 @@ class TrainingCLI(LightningCLI):
         self._find_checkpoint()
 
     def before_test(self) -> None:
-        """As for validate."""
+        """As for validate; and write down what is found, of language models with how far it can be trusted."""
         self._find_checkpoint()
+        if isinstance(self.model, LanguageModule):
+            self.config_init["test"]["verbose"] = False  # one table is enough
+            checkpoint = str(self.config_init["test"]["ckpt_path"] or UNTRAINED)
+            self._add(EvaluationWriter(self._evaluated_folder, checkpoint))
 
     def before_predict(self) -> None:
         """As for validate; and write the answers down."""
+        if isinstance(self.model, LanguageModule) and not self.model.answers_tests:
+            raise ValueError("model.max_new_tokens is 0: predict writes answers, so it must be at least 1.")
         self._find_checkpoint()
-        folder = self.run.folder if self.run else self.root
-        trainer: Any = self.trainer
-        trainer.callbacks.append(PredictionWriter(folder / "predictions.jsonl"))
+        self._add(PredictionWriter(self._evaluated_folder / "predictions.jsonl"))
+
+    @property
+    def _evaluated_folder(self) -> Path:
+        """The run's; without a run, where runs would lie."""
+        return self.run.folder if self.run else self.root
+
+    def _add(self, callback: lightning.Callback) -> None:
+        trainer: Any = self.trainer  # whose callbacks Lightning's own annotations do not know
+        trainer.callbacks.append(callback)
 
     def _find_checkpoint(self) -> None:
         self.check()
@@ -266,8 +281,37 @@ class TrainingCLI(LightningCLI):
             self.trainer.logger = TensorBoardLogger(folder, name="", version=command)
 
 
+class EvaluationWriter(lightning.Callback):
+    """Print what `test` found as one table, and write it to evaluation.json, the answers to test_answers.jsonl.
+
+    Args:
+        folder: Where to.
+        checkpoint: What was tested.
+    """
+
+    def __init__(self, folder: Path, checkpoint: str):
+        self.folder = folder
+        self.checkpoint = checkpoint
+
+    @rank_zero_only
+    def on_test_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """All numbers, and a line for each answer with its own scores."""
+        assert isinstance(pl_module, LanguageModule), "nothing else is evaluated like this"
+        found, path = pl_module.evaluation, self.folder / "evaluation.json"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        whole = {"checkpoint": self.checkpoint} | found.as_dict()
+        replace_text(path, json.dumps(whole, ensure_ascii=False, indent=1) + "\n")
+        print(table(found))
+        if not found.rows:
+            rank_zero_info(f"Wrote {path}; no answers were asked for, or the data has no scenarios.")
+            return
+        answers = self.folder / "test_answers.jsonl"
+        replace_text(answers, json_lines(found.rows))
+        rank_zero_info(f"Wrote {path}, and {len(found.rows)} answers with their scores to {answers.name} beside it.")
+
+
 class PredictionWriter(BasePredictionWriter):
-    """Write answers as JSON lines, whole or not at all.
+    """Write the answers of all ranks as JSON lines, whole or not at all.
 
     Args:
         path: Where to.
@@ -277,14 +321,20 @@ class PredictionWriter(BasePredictionWriter):
         super().__init__("epoch")
         self.path = path
 
-    @rank_zero_only
     def write_on_epoch_end(
         self, trainer: lightning.Trainer, pl_module: Any, predictions: Any, batch_indices: Any
     ) -> None:
         """One line per scenario."""
-        rows = [row for batch in predictions for row in batch]
-        replace_text(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        rank_zero_info(f"Wrote {len(rows)} answers to {self.path}.")
+        rows = of_all_ranks([row for batch in predictions for row in batch])
+        if trainer.is_global_zero:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            replace_text(self.path, json_lines(rows))
+            rank_zero_info(f"Wrote {len(rows)} answers to {self.path}.")
+
+
+def json_lines(rows: Sequence[Row]) -> str:
+    """One object a line, Hindi as it is."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def with_newest_run(args: Sequence[str]) -> list[str]:

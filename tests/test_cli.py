@@ -231,8 +231,8 @@ def test_the_main_job(undisturbed, distill_config, tmp_path, capsys, monkeypatch
     by_config = main(["validate", "--config", str(distill_config)])
     assert by_config.run == again.run or by_config.run.folder.samefile(again.run.folder)
     assert by_config.trainer.callback_metrics["val/ce"] == again.trainer.callback_metrics["val/ce"]
-    assert "test/ce" in main(["test"]).trainer.callback_metrics
-    main(["predict"])
+    assert "test/ce" in main(["test", "--model.max_new_tokens=8"]).trainer.callback_metrics
+    main(["predict", "--model.max_new_tokens=8"])
     answers = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
     assert len(answers) == 24
     assert {"scenario", "generated_thought", "generated_advisory", "stop_reason"} <= answers[0].keys()
