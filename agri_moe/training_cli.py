@@ -18,7 +18,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from agri_moe.callbacks.resume import AtomicCheckpointIO, Checkpoint, RunStatus
-from agri_moe.cli import fail, one_sentence
+from agri_moe.cli import HelpFormatter, example_of, fail, one_sentence
 from agri_moe.data.chat_data import ChatDataModule
 from agri_moe.evaluation import Row, table
 from agri_moe.models.base import LanguageModule, of_all_ranks
@@ -78,6 +78,7 @@ class TrainingCLI(LightningCLI):
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser.epilog = example_of(subcommand)
         if subcommand == "fit":
             parser.add_argument(
                 "--resume",
@@ -373,6 +374,7 @@ def run_training(command: str, args: Sequence[str], cli: type[T]) -> T:
         save_config_callback=None,
         seed_everything_default=0,
         parser_class=Parser,
+        parser_kwargs={"formatter_class": HelpFormatter},
         trainer_defaults={"use_distributed_sampler": False},
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
