@@ -122,8 +122,9 @@ def _step(path: Path) -> int:
 
 
 def all_runs(root: Path) -> list[Run]:
-    """The runs under `root`/lightning_logs, newest first."""
-    folders = [p for p in (root / LOGS).glob("version_*") if p.name.removeprefix("version_").isdigit()]
+    """The runs under `root`/lightning_logs, newest first; a logger of the user's may have folders of its own there."""
+    folders = [p.parent for p in (root / LOGS).glob("version_*/run.json")]
+    folders = [p for p in folders if p.name.removeprefix("version_").isdigit()]
     return sorted((Run(p) for p in folders), key=lambda run: run.number, reverse=True)
 
 

@@ -5,6 +5,7 @@ Imported only for training commands, since Lightning takes seconds to load.
 
 import json
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, ClassVar, NoReturn, TypeVar
 import lightning
 from lightning.pytorch.callbacks import BasePredictionWriter, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
@@ -93,6 +94,18 @@ class TrainingCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Leave the config as it is: Lightning would let hyperparameters in the checkpoint beat it."""
+
+    def instantiate_classes(self) -> None:
+        """Say in one sentence which package is lacking for a class that the config names, such as a logger."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            lacking = chained(error, ModuleNotFoundError)
+            if lacking is None:
+                raise
+            named = re.search(r"class_path '([\w.]+)'", str(error))
+            needs = f"{named[1]}, which the config names, needs a package" if named else "the config needs a package"
+            raise ValueError(f"{needs} that is not installed: {lacking}") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
         """Every run saves and loads through `AtomicCheckpointIO`; its progress bar asks the device now and then."""
@@ -207,14 +220,11 @@ class TrainingCLI(LightningCLI):
             replace_text(run.config, self._parser("fit").dump(self._dumpable(), skip_none=False))
             self.datamodule.chat.save(run.folder / "tokenizer")
             run.write(status="running")
-        if self.config["fit"]["trainer"]["logger"] in (None, True):
-            trainer.logger = TensorBoardLogger(
-                run.folder.parent.parent,
-                name=LOGS,
-                version=run.folder.name,
-                # A crash leaves entries past the checkpoint; those steps are about to be logged again.
-                purge_step=step_of(checkpoint) if checkpoint else None,
-            )
+        # A crash leaves entries past the checkpoint; those steps are about to be logged again.
+        purge_step = step_of(checkpoint) if checkpoint else None
+        root, name = run.folder.parent.parent, run.folder.name
+        for logger in self._log_to(TensorBoardLogger(root, name=LOGS, version=name, purge_step=purge_step)):
+            logger.log_hyperparams(self.settings)
         if not any(isinstance(c, Checkpoint) for c in trainer.callbacks):
             trainer.callbacks.append(Checkpoint())
         for callback in trainer.checkpoint_callbacks:
@@ -278,8 +288,18 @@ class TrainingCLI(LightningCLI):
                 check_intact(Path(given), "--ckpt_path")
             folder = Path(given).parent.parent
             self.run = Run(folder)
-        if self.config[command]["trainer"]["logger"] in (None, True):
-            self.trainer.logger = TensorBoardLogger(folder, name="", version=command)
+        self._log_to(TensorBoardLogger(folder, name="", version=command))
+
+    def _log_to(self, tensorboard: TensorBoardLogger) -> list[Logger]:
+        """Log to TensorBoard, whose files `report` reads, and beside it to the config's own loggers, which come back.
+
+        To none where the config says false, and not twice to TensorBoard.
+        """
+        given = self.config[str(self.subcommand)]["trainer"]["logger"]
+        own = [] if given in (None, True) else self.trainer.loggers
+        if given is not False and not any(isinstance(logger, TensorBoardLogger) for logger in own):
+            self.trainer.loggers = [tensorboard, *own]
+        return own
 
 
 class EvaluationWriter(lightning.Callback):
@@ -354,6 +374,13 @@ def with_newest_run(args: Sequence[str]) -> list[str]:
 
 def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list) else [] if value is None else [value]
+
+
+def chained(error: BaseException | None, kind: type[BaseException]) -> BaseException | None:
+    """The first exception of a kind among an error and what it came from."""
+    while error is not None and not isinstance(error, kind):
+        error = error.__cause__
+    return error
 
 
 T = TypeVar("T", bound=TrainingCLI)
