@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 TRAINING = {
     "fit": ("train; goes on by itself where a run was cut off", "fit --config configs/distill.yaml"),
     "validate": ("score the newest run's newest checkpoint on its validation rows", "validate"),
-    "test": ("score it on its test rows", "test"),
-    "predict": ("answer the validation scenarios, into the run's predictions.jsonl", "predict"),
+    "test": ("score it on its test rows, and what it answers to their scenarios", "test"),
+    "predict": ("answer the test scenarios, into the run's predictions.jsonl", "predict"),
 }
 # Command -> (module:function, purpose, example).
 TOOLS = {

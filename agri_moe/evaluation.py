@@ -27,17 +27,17 @@ WORDS = 4
 Generation with Unlikelihood Training), which counts in tokens."""
 
 MEANINGS = METRICS | {
-    "chrf": "chrF of the advisories against the reference, 0 to 100",
-    "bleu": "BLEU of the advisories against the reference, 0 to 100",
-    "diagnosis": "share of advisories that name the right diagnosis and no other",
-    "action": "share of advisories that name the right action and no other",
-    "format": "share of answers with a thought, an advisory and an end",
-    "has_thought": "share of answers that think before anything else",
-    "has_advisory": "share of answers that close the thought and advise",
-    "ended": "share of answers that end by themselves",
-    "devanagari": "share of an advisory's letters that are Devanagari, mean over those that have any text",
-    "loops": "share of answers with a line or sentence that comes four times",
-    "repeated": f"share of an answer's sequences of {WORDS} words that stood in it before",
+    "chrf": "chrF of advisories against references, 0 to 100",
+    "bleu": "BLEU of advisories against references, 0 to 100",
+    "diagnosis": "share that name the right diagnosis and no other",
+    "action": "share that name the right action and no other",
+    "format": "share with a thought, an advisory and an end",
+    "has_thought": "share that think first",
+    "has_advisory": "share that close the thought and advise",
+    "ended": "share that end by themselves",
+    "devanagari": "share of an advisory's letters, if it has any text",
+    "loops": "share with a line or sentence that comes four times",
+    "repeated": f"share of sequences of {WORDS} words that stood before",
     "tokens": "tokens of an answer, thought and end included",
     "tokens_median": "the same, median",
     "tokens_p90": "the same, 90th percentile",
@@ -141,10 +141,10 @@ def repeated(texts: Iterable[str]) -> float:
 
 
 def mean(values: Sequence[float]) -> Measure:
-    """The mean of one value for each row, with the percentiles of its bootstrap."""
+    """The mean of one value for each row, with the percentiles of its bootstrap unless all are alike."""
     from scipy.stats import bootstrap
 
-    if len(values) < 2:
+    if len(set(values)) < 2:
         return Measure(fmean(values), len(values), "rows")
     drawn = bootstrap(
         (values,), np.mean, n_resamples=RESAMPLES, batch=100, method="percentile", rng=np.random.default_rng(0)

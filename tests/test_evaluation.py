@@ -12,6 +12,7 @@ import sacrebleu
 import yaml
 
 from agri_moe.cli import main
+from agri_moe.data.chat_data import ChatDataModule
 from agri_moe.data.synthetic import make_rows
 from agri_moe.evaluation import MEANINGS, mean, repeated, score_answer, score_answers, table
 from tests.ranks import run_ranks
@@ -222,6 +223,14 @@ def test_a_model_without_a_teacher(run, distill_config, dense, tmp_path):
     assert found["checkpoint"] == "source"
     assert {"ce", "chrf", "format"} <= found["metrics"].keys()
     assert not {"kl", "agreement"} & found["metrics"].keys()
+
+
+def test_a_test_without_rows_says_so(corpus):
+    options = {"train": str(corpus / "train.parquet"), "streaming": True, "validation_share": 0.0}
+    data = ChatDataModule(tokenizer=str(corpus / "tokenizer"), **options)
+    for loader in (data.test_dataloader, data.predict_dataloader):
+        with pytest.raises(ValueError, match=r"set data\.test"):
+            loader()
 
 
 def test_ranks_share_the_rows_and_find_the_same(run, distill_config, tmp_path):

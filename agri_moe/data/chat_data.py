@@ -210,6 +210,7 @@ class ChatDataModule(StreamingDataModule):
 
     def test_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Packed test rows in a fixed order; then the same as prompts, if the module that is tested answers them."""
+        self._require_test_rows()
         packed = self._loader("test", shuffle=False)
         module = self.trainer.lightning_module if self.trainer else None
         return [packed, self.predict_dataloader()] if getattr(module, "answers_tests", False) else packed
@@ -220,10 +221,15 @@ class ChatDataModule(StreamingDataModule):
         Every rank has as many, for a sharded model answers on all of them at once: some rows may come up twice.
         """
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        self._require_test_rows()
         rows = self.rows("test")
         shared_out = range(rank, world * -(-len(rows) // world), world)
         prompts = _Prompts(rows, self.chat, [place % len(rows) for place in shared_out])
         return DataLoader(prompts, batch_size=self._per_batch, collate_fn=list)
+
+    def _require_test_rows(self) -> None:
+        if not len(self.rows("test")):
+            raise ValueError("data.test names no rows, and none are held out for validation: set data.test.")
 
     @property
     def _view(self) -> TeacherView | None:
