@@ -62,8 +62,9 @@ SOURCES = {
     "upcycled": Training(1200, 2e-3, DENSE.shape, check_every=150, patience=2),
     "wide": Training(1800, 2e-3, mixture(8, 2, 192), check_every=150, patience=2),
 }
-# Unbiased: of teachers as broad as these the 50 best hold two thirds of the mass, see cached.py.
-ANSWERS = ("--kind", "sampled", "--draws", "50")
+# Not samples: their noise stays when the student is as good as its teacher, and it begins very near. The best ids and
+# the tail's mass have their minimum there too, without noise.
+ANSWERS = ("--kind", "topk", "--k", "256")
 # Little is to be learned, so noise must be less: large steps, no decay, and a rate that goes down to nothing.
 DISTILLED: dict[str, Any] = {
     "steps": 500,
@@ -184,7 +185,8 @@ class Compression:
         return {key.removeprefix("val/"): float(value) for key, value in scorer.callback_metrics.items()}
 
     def _distil(self, share: float) -> dict[str, Any]:
-        student, answers = self.folder.with_name(f"{self.kind}_{share}"), self.folder.with_name(f"{self.kind}_answers")
+        words = (self.kind, *(word for word in ANSWERS if not word.startswith("-")))
+        student, answers = self.folder.with_name(f"{self.kind}_{share}"), self.folder.with_name("_".join(words))
         if not student.exists():
             rows = [*self.ablation.corpus.train]
             limits = ("--calibration_tokens", str(CALIBRATION_TOKENS), "--max_length", "1024", "--device", "cpu")

@@ -23,6 +23,8 @@ OUTPUT = Path(__file__).parent / "output"
 DATA = Path(os.environ.get("AGRI_MOE_DATA", Path(__file__).parents[2] / "shared" / "data"))
 # Else the resident size is that of the allocator's reserves.
 EXACT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+# What CUDA's allocator does anyway. glibc's gives large tensors back and takes fresh pages for the next ones.
+KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34)}
 
 Step = Callable[[], object]
 Cell = str | float | int
@@ -85,6 +87,12 @@ def ratio(values: Sequence[float], to: Sequence[float]) -> Ratio:
     """The ratio of two contestants, round by round."""
     ratios = [value / other for value, other in zip(values, to, strict=True)]
     return Ratio(statistics.median(ratios), min(ratios), max(ratios))
+
+
+def keep_pages() -> None:
+    """Begin this process anew, unless that has been done, with a malloc that keeps the memory of freed tensors."""
+    if any(os.environ.get(name) != value for name, value in KEPT.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEPT)
 
 
 # ---------------------------------------------------------------------- memory

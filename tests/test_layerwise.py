@@ -1,5 +1,6 @@
 """Layer-wise distillation through the command line: both modes, resume, evaluation."""
 
+import json
 import math
 
 import lightning
@@ -312,6 +313,14 @@ def test_what_is_no_language_model_is_refused_by_plan(layerwise_config, capsys, 
     with pytest.raises(SystemExit):
         main(["plan", "--config", path])
     assert "plan adds up what training a language model costs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["samples.SampleAdvisories", "attention.AttentionMonitor"])
+def test_callbacks_for_a_language_model_are_refused(layerwise_config, capsys, no_models, name):
+    callbacks = json.dumps([{"class_path": f"agri_moe.callbacks.{name}"}])
+    with pytest.raises(SystemExit):
+        fit(layerwise_config(), f"--trainer.callbacks+={callbacks}")
+    assert "take it out of trainer.callbacks" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])

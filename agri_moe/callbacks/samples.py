@@ -41,10 +41,12 @@ class SampleAdvisories(lightning.Callback):
         self._taught: list[Generated] | None = None  # the teacher's answers, which stay the same
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Refuse rows that hold no scenarios."""
-        if not isinstance(trainer.datamodule, ChatDataModule):  # type: ignore[attr-defined]
+        """Refuse rows that hold no scenarios, and layers that are no language model."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(pl_module, LanguageModule) or not isinstance(data, ChatDataModule):
             raise ValueError(
-                "SampleAdvisories needs scenarios, which only ChatDataModule has; take it out of trainer.callbacks."
+                "SampleAdvisories needs a language model and scenarios, which only ChatDataModule has; take it out of "
+                "trainer.callbacks."
             )
 
     def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:

@@ -30,7 +30,7 @@ from agri_moe.models.checkpoint_files import (
     read_json,
     stored_tensors,
 )
-from agri_moe.models.upcycle import MOE_ROWS, Target, UpcycleSpec, count_parameters, expected_tensors, is_moe
+from agri_moe.models.upcycle import Target, UpcycleSpec, count_parameters, expected_tensors, is_moe, moe_rows
 
 # Both models are computed in float32 from the stored weights, so at jitter 0 only the order of additions
 # differs: 1e-6 of the logits' standard deviation in two layers, 1e-5 in 28 (random weights, 0.6B shape).
@@ -88,8 +88,8 @@ def audit(student: str | Path, source: str | Path | None = None) -> AuditReport:
     """
     folder = checkpoint_folder(student)
     config = load_config(folder, "student")
-    if not is_moe(config) or config.model_type not in MOE_ROWS:
-        raise ValueError(f"{folder} holds a {config.model_type} model: audit reads {' and '.join(MOE_ROWS)}.")
+    if not is_moe(config) or config.model_type not in moe_rows():
+        raise ValueError(f"{folder} holds a {config.model_type} model: audit reads {' and '.join(moe_rows())}.")
     origin = read_json(folder / PROVENANCE) if (folder / PROVENANCE).is_file() else {}
     spec = UpcycleSpec(**origin["spec"]) if "spec" in origin else None
     dense = _find_source(source, origin)

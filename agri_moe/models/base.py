@@ -29,7 +29,7 @@ from agri_moe.metrics import (
     balanced_perplexity,
     tokens_seen,
 )
-from agri_moe.models.causal import CausalModel
+from agri_moe.models.causal import CausalModel, Forward
 from agri_moe.models.experts import visits
 from agri_moe.models.sharding import shard
 from agri_moe.models.source import ModelConfig, check_vocabulary
@@ -454,11 +454,22 @@ class LanguageModule(TrainingModule, ABC):
         routed = self.routing(out.router_logits, batch)
         terms = objective.logit_terms(out.read, batch, with_teacher=signal is not None)
         terms |= objective.sample_terms(out, signal, anchor, routed, batch, plan=self.plan, now=now, running=running)
+        terms |= self.own_terms(out, batch, signal)
         self._keep(terms)
         # DDP waits for the gradients of projections too, in a stage or step that does not use them.
         idle = [projected[:0].sum() for projected in out.projected.values()]
         loss = torch.stack([*(term.loss for term in terms.values()), *idle]).sum()
         return {"loss": loss, "routing": routed}
+
+    def own_terms(self, out: Forward[Any], batch: Batch, signal: TeacherSignal | None) -> dict[str, Term]:
+        """Terms of a subclass beside the objective's, by name; none here. docs/extending.md has an example.
+
+        Args:
+            out: The student's forward pass.
+            batch: With the keys that `Objective.select` adds, on the device.
+            signal: The teacher's answer; None without a teacher.
+        """
+        return {}
 
     def routing(self, router_logits: list[Tensor], batch: Batch) -> Routing | None:
         """What the routers did with the tokens that are no padding; None for a dense model."""

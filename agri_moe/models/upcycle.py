@@ -188,7 +188,11 @@ FAMILIES = {
     "llama": _LLAMA,
     "mistral": replace(_LLAMA, config_keys=("sliding_window",)),
 }
-MOE_ROWS = {family.moe.model_type: family.rows for family in FAMILIES.values()}
+
+
+def moe_rows() -> dict[str, tuple[Row, ...]]:
+    """Model type of each MoE that a family becomes -> its rows."""
+    return {family.moe.model_type: family.rows for family in FAMILIES.values()}
 
 
 # ---- configs
@@ -325,7 +329,7 @@ def expected_tensors(config: PreTrainedConfig) -> dict[str, Target]:
     other model; a tied head is left out.
     """
     rows_in_memory: dict[str, list[Row]] = defaultdict(list)
-    for row in MOE_ROWS.get(config.model_type, ()):
+    for row in moe_rows().get(config.model_type, ()):
         rows_in_memory[_FUSED.get(row.part, row.moe)].append(row)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -402,7 +406,7 @@ def _check_stored(stored: StoredTensor, target: Target, spec: UpcycleSpec) -> No
 
 
 def _check_all_used(tensors: dict[str, StoredTensor], used: set[str], config: PreTrainedConfig) -> None:
-    known = {row.dense for row in MOE_ROWS[config.model_type]}
+    known = {row.dense for row in moe_rows()[config.model_type]}
     for name in sorted(tensors.keys() - used):
         if not name.endswith(".rotary_emb.inv_freq"):  # stored by old Llama checkpoints, computed from the config
             reason = "its config.json makes no use of"

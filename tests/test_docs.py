@@ -1,0 +1,96 @@
+"""The worked examples in docs/ run as they are printed, on small substitutes for the models."""
+
+import math
+import re
+import runpy
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from agri_moe.cli import main
+from agri_moe.models.upcycle import FAMILIES
+from tests.conftest import _dense
+from tests.test_cli import scalars
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "extending.md"
+BLOCK = re.compile(r"(?:<!-- file: (?P<file>\S+) -->\n)?```(?P<kind>\w+)\n(?P<text>.*?)```", re.DOTALL)
+
+
+def blocks(heading: str) -> list[dict[str, Any]]:
+    """The code blocks of a section: file or None, kind, text."""
+    sections = re.split(r"^## ", PAGE.read_text(), flags=re.MULTILINE)
+    (section,) = [one for one in sections if one.startswith(heading)]
+    return [match.groupdict() for match in BLOCK.finditer(section)]
+
+
+def follow(heading: str) -> list[str]:
+    """Write a section's files and run its commands in the working folder; what was run."""
+    done = []
+    for block in blocks(heading):
+        if block["file"]:
+            Path(block["file"]).write_text(block["text"])
+            continue
+        assert block["kind"] == "bash", "what is no file is a command"
+        for line in block["text"].splitlines():
+            python, script, *args = shlex.split(line)
+            assert python == "python"
+            if script == "main.py":
+                main(args)
+            else:
+                sys.argv = [script, *args]
+                runpy.run_path(script, run_name="__main__")
+            done.append(args[0])
+    return done
+
+
+@pytest.fixture
+def folder(tmp_path, corpus, dense, teacher, monkeypatch):
+    """A folder as `make demo` leaves it, as far as the examples use it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    shutil.copytree(ROOT / "configs", "configs")
+    for name, source in {"corpus": corpus, "dense": dense, "teacher": teacher}.items():
+        shutil.copytree(source, Path("demo_output") / name)
+    main(["upcycle", "--source", "demo_output/dense", "--output", "demo_output/upcycled", "--num_experts", "4"])
+    return tmp_path
+
+
+def test_your_rows(folder, capsys):
+    assert follow("Your rows") == ["preview", "fit", "export", "generate"]
+    out = capsys.readouterr().out
+    assert "नाइट्रोजन" in out
+    assert "सलाह" in out
+    assert (folder / "my_advisor" / "model.safetensors").is_file()
+
+
+def test_your_model_family(folder, corpus, capsys):
+    shape = {"model_type": "olmo2", "tie_word_embeddings": False}
+    source = _dense(folder / "allenai" / "OLMo-2-0425-1B", corpus, **shape)
+    try:
+        assert follow("Your model family") == ["upcycle", "audit"]
+    finally:
+        del FAMILIES["olmo2"]
+    assert "ready" in capsys.readouterr().out
+    dense, sparse = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (source, "olmo_moe"))
+    ids = torch.arange(40)[None]
+    assert type(sparse).__name__ == "FlexOlmoForCausalLM"
+    # Experts are jittered by a hundredth of their spread: near, and not equal.
+    difference = (dense(ids).logits - sparse(ids).logits).std() / dense(ids).logits.std()
+    assert 0 < difference < 0.02
+
+
+def test_your_loss_term(folder):
+    assert follow("Your loss term") == ["fit"]
+    run = folder / "my_terms_runs" / "lightning_logs" / "version_0"
+    logged = scalars(run)
+    entropies = [value for _, value in logged["train/decided"]]
+    assert len(entropies) == 4
+    assert all(0 < value <= math.log(4) for value in entropies), "four experts"
