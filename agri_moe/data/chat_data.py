@@ -57,7 +57,8 @@ class ChatDataModule(StreamingDataModule):
         columns: Our column -> the one in the files, e.g. {advisory: answer}.
         format: Markers, scenario header and default instruction.
         max_length: Longest packed sequence, in tokens; a longer row is a bad row.
-        tokens_per_batch: Tokens of one micro-batch on each rank.
+        tokens_per_batch: Tokens of one micro-batch on each rank; `test` and `predict` have as many rows answered at a
+            time as fit if each is `max_length` long.
         validation_share: Share of the scenarios held out when `validation` is not given.
         bad_rows: `error` stops at a row that cannot be used; `skip` leaves such rows out, counted and listed.
         max_skipped_share: With `skip`, the run stops when a larger share of the rows than this is bad.
