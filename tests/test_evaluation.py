@@ -200,9 +200,9 @@ def test_test_scores_losses_and_answers(run, distill_config, tmp_path, monkeypat
     assert max(row["tokens"] for row in rows) <= 12
 
 
-def test_answers_may_be_left_out_or_limited(run, tmp_path, monkeypatch, capsys):
+def test_answers_may_be_left_out_or_limited(run, distill_config, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    main(["test", "--model.max_new_tokens=0"])
+    main(["test", "--config", str(distill_config), "--model.max_new_tokens=0"])
     found = json.loads((run / "evaluation.json").read_text())
     assert "ce" in found["metrics"]
     assert "chrf" not in found["metrics"]
