@@ -4,8 +4,8 @@
     python benchmarks/layerwise.py memory        a sequential run at 4, 8 and 16 layers
     python benchmarks/layerwise.py throughput    a parallel step against the matrix products that it is made of
 
-`cells`: small dense models trained on the real rows until their validation loss falls no further (as the teacher of
-ablation.py; the Qwen3 is that teacher), then every mixture of 16 experts, top-2, for as many steps on the same rows in
+`cells`: small dense models trained on the real rows (a Qwen3, the teacher of ablation.py, until its validation loss falls no
+further; a Llama for LLAMA_STEPS), then every mixture of 16 experts, top-2, for as many steps on the same rows in
 the same order. Held out, by layer: relative error (norm of the error over norm of the answer), cosine, entropy of the
 load. Beside it the best fixed subset of the network's own neurons of the same active size: of those that three rules
 choose on training rows (norm of the weights; mean square of what a neuron adds; greedy removal under the neurons' full
@@ -75,6 +75,7 @@ END_TO_END = ("half", "quarter")
 RATE = {"learning_rate": 5e-4, "balance_weight": 0.02, "optimizer": {"warmup_steps": 50}}
 
 HELD_OUT_EVERY = 5
+LLAMA_STEPS = 1200
 
 Result = dict[str, Any]
 
@@ -87,12 +88,12 @@ def llama(width: int, layers: int, inner: int) -> dict[str, Any]:
 
 
 def dense_model(family: str, output: Path) -> Path:
-    """A small trained model: the ablation's teacher, or a Llama like it."""
+    """A small trained model: the ablation's teacher, or a Llama like it, for which fewer steps are enough."""
     ablation = Ablation(SETTINGS["real"], output)
     training: Training = SETTINGS["real"].teacher
     if family == "qwen3":
         return ablation.teacher()[0]
-    return ablation.pretrained(family, replace(training, shape=llama(128, 6, 384)), 0)[0]
+    return ablation.pretrained(family, replace(training, steps=LLAMA_STEPS, shape=llama(128, 6, 384)), 0)[0]
 
 
 class Rows(ChatDataModule):

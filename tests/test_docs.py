@@ -94,3 +94,21 @@ def test_your_loss_term(folder):
     entropies = [value for _, value in logged["train/decided"]]
     assert len(entropies) == 4
     assert all(0 < value <= math.log(4) for value in entropies), "four experts"
+
+
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    """With so few of its training steps that curves have two points."""
+    nbclient = pytest.importorskip("nbclient")
+    nbformat = pytest.importorskip("nbformat")
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    monkeypatch.setenv("AGRI_MOE_NOTEBOOK_SHARE", "0.023")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    notebook = nbformat.read(ROOT / "docs" / "demo.ipynb", as_version=4)
+    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 5
+    tables = [output["data"]["text/markdown"] for output in outputs if "text/markdown" in output.get("data", {})]
+    assert [line.split("|")[1].strip() for line in tables[-1].splitlines()[2:]] == [
+        "teacher", "dense", "upcycled", "control", "distilled"
+    ]  # fmt: skip
+    assert not any(output["output_type"] == "error" for output in outputs)
