@@ -8,11 +8,12 @@ import inspect
 import re
 import sys
 import traceback
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 if TYPE_CHECKING:
     from agri_moe.training_cli import TrainingCLI
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 TRAINING = {
     "fit": ("train; goes on by itself where a run was cut off", "fit --config configs/distill.yaml"),
     "validate": ("score the newest run's newest checkpoint on its validation rows", "validate"),
-    "test": ("score it on its test rows", "test"),
-    "predict": ("answer the validation scenarios, into the run's predictions.jsonl", "predict"),
+    "test": ("score it on its test rows, and what it answers to their scenarios", "test"),
+    "predict": ("answer the test scenarios, into the run's predictions.jsonl", "predict"),
 }
 # Command -> (module:function, purpose, example).
 TOOLS = {
@@ -93,6 +94,15 @@ def overview() -> str:
     return "\n".join(lines)
 
 
+def example_of(command: str) -> str:
+    """The line below a command's `--help`; it works as printed where what it names is there (a test runs them all)."""
+    return f"example: python main.py {(TRAINING[command] if command in TRAINING else TOOLS[command])[-1]}"
+
+
+class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Leaves the example on its one line, to be copied."""
+
+
 class ToolParser(ArgumentParser):
     """Says what is wrong in one sentence instead of jsonargparse's whole usage."""
 
@@ -157,13 +167,14 @@ def run_tool(name: str, args: Sequence[str]) -> None:
     A function with `*arguments` is given there what is none of its options, for another parser to read. An option that
     takes a list may be given more than once.
     """
-    target, purpose, example = TOOLS[name]
+    target, purpose, _ = TOOLS[name]
     module, function_name = target.split(":")
     function = getattr(importlib.import_module(module), function_name)
     parser = ToolParser(
         prog=f"main.py {name}",
         description=f"{purpose[0].upper()}{purpose[1:]}.",
-        epilog=f"example: python main.py {example}",
+        epilog=example_of(name),
+        formatter_class=HelpFormatter,
     )
     parser.add_function_arguments(function)
     parameters = inspect.signature(function).parameters.values()

@@ -55,6 +55,14 @@ class _Sums(Metric):
         return functools.wraps(compute)(lambda: sealed().value)
 
 
+def tokens_seen(metric: Metric) -> Tensor:
+    """What `metric` has counted in its state `tokens`, over all ranks; to be asked for on every rank."""
+    with metric.sync_context():
+        tokens = metric.tokens
+        assert isinstance(tokens, Tensor), "a metric that counts tokens"
+        return tokens.clone()
+
+
 class SegmentLoss(_Sums):
     """Mean loss (nats) and perplexity per segment, and over all the reported segments together.
 

@@ -39,6 +39,9 @@ NOT_IDENTITY = frozenset(
     )
 )
 
+# Neither do the options of model and data that only `test` and `predict` look at.
+TESTED = frozenset(("max_new_tokens", "test"))
+
 
 def fingerprint(config: Mapping[str, Any]) -> str:
     """SHA-256 of the parts of a resolved config that make it this experiment and no other."""
@@ -48,7 +51,15 @@ def fingerprint(config: Mapping[str, Any]) -> str:
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """The parts of a resolved config that make it this experiment: model, data, seed, and the trainer's arithmetic."""
     trainer = {k: v for k, v in config.get("trainer", {}).items() if k not in NOT_IDENTITY}
-    return {k: config.get(k) for k in ("model", "data", "seed_everything")} | {"trainer": trainer}
+    trained = {k: _trained(config.get(k)) for k in ("model", "data")}
+    return {**trained, "seed_everything": config.get("seed_everything"), "trainer": trainer}
+
+
+def _trained(section: Any) -> Any:
+    options = section.get("init_args") if isinstance(section, Mapping) else None
+    if not isinstance(options, Mapping):
+        return section
+    return {**section, "init_args": {k: v for k, v in options.items() if k not in TESTED}}
 
 
 def differences(old: Any, new: Any, key: str = "") -> list[str]:
@@ -122,8 +133,9 @@ def _step(path: Path) -> int:
 
 
 def all_runs(root: Path) -> list[Run]:
-    """The runs under `root`/lightning_logs, newest first."""
-    folders = [p for p in (root / LOGS).glob("version_*") if p.name.removeprefix("version_").isdigit()]
+    """The runs under `root`/lightning_logs, newest first; a logger of the user's may have folders of its own there."""
+    folders = [p.parent for p in (root / LOGS).glob("version_*/run.json")]
+    folders = [p for p in folders if p.name.removeprefix("version_").isdigit()]
     return sorted((Run(p) for p in folders), key=lambda run: run.number, reverse=True)
 
 

@@ -5,6 +5,7 @@ Imported only for training commands, since Lightning takes seconds to load.
 
 import json
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,13 +14,15 @@ from typing import Any, ClassVar, NoReturn, TypeVar
 import lightning
 from lightning.pytorch.callbacks import BasePredictionWriter, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from agri_moe.callbacks.resume import AtomicCheckpointIO, Checkpoint, RunStatus
-from agri_moe.cli import fail, one_sentence
+from agri_moe.cli import HelpFormatter, example_of, fail, one_sentence
 from agri_moe.data.chat_data import ChatDataModule
+from agri_moe.evaluation import Row, table
+from agri_moe.models.base import LanguageModule, of_all_ranks
 from agri_moe.models.distill import DistillModule
 from agri_moe.models.layerwise import LayerwiseModule
 from agri_moe.models.pretrain import PretrainModule
@@ -76,6 +79,7 @@ class TrainingCLI(LightningCLI):
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser.epilog = example_of(subcommand)
         if subcommand == "fit":
             parser.add_argument(
                 "--resume",
@@ -90,6 +94,18 @@ class TrainingCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Leave the config as it is: Lightning would let hyperparameters in the checkpoint beat it."""
+
+    def instantiate_classes(self) -> None:
+        """Say in one sentence which package is lacking for a class that the config names, such as a logger."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            lacking = chained(error, ModuleNotFoundError)
+            if lacking is None:
+                raise
+            named = re.search(r"class_path '([\w.]+)'", str(error))
+            needs = f"{named[1]}, which the config names, needs a package" if named else "the config needs a package"
+            raise ValueError(f"{needs} that is not installed: {lacking}") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
         """Every run saves and loads through `AtomicCheckpointIO`; its progress bar asks the device now and then."""
@@ -204,14 +220,11 @@ class TrainingCLI(LightningCLI):
             replace_text(run.config, self._parser("fit").dump(self._dumpable(), skip_none=False))
             self.datamodule.chat.save(run.folder / "tokenizer")
             run.write(status="running")
-        if self.config["fit"]["trainer"]["logger"] in (None, True):
-            trainer.logger = TensorBoardLogger(
-                run.folder.parent.parent,
-                name=LOGS,
-                version=run.folder.name,
-                # A crash leaves entries past the checkpoint; those steps are about to be logged again.
-                purge_step=step_of(checkpoint) if checkpoint else None,
-            )
+        # A crash leaves entries past the checkpoint; those steps are about to be logged again.
+        purge_step = step_of(checkpoint) if checkpoint else None
+        root, name = run.folder.parent.parent, run.folder.name
+        for logger in self._log_to(TensorBoardLogger(root, name=LOGS, version=name, purge_step=purge_step)):
+            logger.log_hyperparams(self.settings)
         if not any(isinstance(c, Checkpoint) for c in trainer.callbacks):
             trainer.callbacks.append(Checkpoint())
         for callback in trainer.checkpoint_callbacks:
@@ -236,15 +249,28 @@ class TrainingCLI(LightningCLI):
         self._find_checkpoint()
 
     def before_test(self) -> None:
-        """As for validate."""
+        """As for validate; and write down what is found, of language models with how far it can be trusted."""
         self._find_checkpoint()
+        if isinstance(self.model, LanguageModule):
+            self.config_init["test"]["verbose"] = False  # one table is enough
+            checkpoint = str(self.config_init["test"]["ckpt_path"] or UNTRAINED)
+            self._add(EvaluationWriter(self._evaluated_folder, checkpoint))
 
     def before_predict(self) -> None:
         """As for validate; and write the answers down."""
+        if isinstance(self.model, LanguageModule) and not self.model.answers_tests:
+            raise ValueError("model.max_new_tokens is 0: predict writes answers, so it must be at least 1.")
         self._find_checkpoint()
-        folder = self.run.folder if self.run else self.root
-        trainer: Any = self.trainer
-        trainer.callbacks.append(PredictionWriter(folder / "predictions.jsonl"))
+        self._add(PredictionWriter(self._evaluated_folder / "predictions.jsonl"))
+
+    @property
+    def _evaluated_folder(self) -> Path:
+        """The run's; without a run, where runs would lie."""
+        return self.run.folder if self.run else self.root
+
+    def _add(self, callback: lightning.Callback) -> None:
+        trainer: Any = self.trainer  # whose callbacks Lightning's own annotations do not know
+        trainer.callbacks.append(callback)
 
     def _find_checkpoint(self) -> None:
         self.check()
@@ -262,12 +288,51 @@ class TrainingCLI(LightningCLI):
                 check_intact(Path(given), "--ckpt_path")
             folder = Path(given).parent.parent
             self.run = Run(folder)
-        if self.config[command]["trainer"]["logger"] in (None, True):
-            self.trainer.logger = TensorBoardLogger(folder, name="", version=command)
+        self._log_to(TensorBoardLogger(folder, name="", version=command))
+
+    def _log_to(self, tensorboard: TensorBoardLogger) -> list[Logger]:
+        """Log to TensorBoard, whose files `report` reads, and beside it to the config's own loggers, which come back.
+
+        To none where the config says false, and not twice to TensorBoard.
+        """
+        given = self.config[str(self.subcommand)]["trainer"]["logger"]
+        own = [] if given in (None, True) else self.trainer.loggers
+        if given is not False and not any(isinstance(logger, TensorBoardLogger) for logger in own):
+            self.trainer.loggers = [tensorboard, *own]
+        return own
+
+
+class EvaluationWriter(lightning.Callback):
+    """Print what `test` found as one table, and write it to evaluation.json, the answers to test_answers.jsonl.
+
+    Args:
+        folder: Where to.
+        checkpoint: What was tested.
+    """
+
+    def __init__(self, folder: Path, checkpoint: str):
+        self.folder = folder
+        self.checkpoint = checkpoint
+
+    @rank_zero_only
+    def on_test_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """All numbers, and a line for each answer with its own scores."""
+        assert isinstance(pl_module, LanguageModule), "nothing else is evaluated like this"
+        found, path = pl_module.evaluation, self.folder / "evaluation.json"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        whole = {"checkpoint": self.checkpoint} | found.as_dict()
+        replace_text(path, json.dumps(whole, ensure_ascii=False, indent=1) + "\n")
+        print(table(found))
+        if not found.rows:
+            rank_zero_info(f"Wrote {path}; no answers were asked for, or the data has no scenarios.")
+            return
+        answers = self.folder / "test_answers.jsonl"
+        replace_text(answers, json_lines(found.rows))
+        rank_zero_info(f"Wrote {path}, and {len(found.rows)} answers with their scores to {answers.name} beside it.")
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Write answers as JSON lines, whole or not at all.
+    """Write the answers of all ranks as JSON lines, whole or not at all.
 
     Args:
         path: Where to.
@@ -277,14 +342,20 @@ class PredictionWriter(BasePredictionWriter):
         super().__init__("epoch")
         self.path = path
 
-    @rank_zero_only
     def write_on_epoch_end(
         self, trainer: lightning.Trainer, pl_module: Any, predictions: Any, batch_indices: Any
     ) -> None:
         """One line per scenario."""
-        rows = [row for batch in predictions for row in batch]
-        replace_text(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        rank_zero_info(f"Wrote {len(rows)} answers to {self.path}.")
+        rows = of_all_ranks([row for batch in predictions for row in batch])
+        if trainer.is_global_zero:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            replace_text(self.path, json_lines(rows))
+            rank_zero_info(f"Wrote {len(rows)} answers to {self.path}.")
+
+
+def json_lines(rows: Sequence[Row]) -> str:
+    """One object a line, Hindi as it is."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def with_newest_run(args: Sequence[str]) -> list[str]:
@@ -305,6 +376,13 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list) else [] if value is None else [value]
 
 
+def chained(error: BaseException | None, kind: type[BaseException]) -> BaseException | None:
+    """The first exception of a kind among an error and what it came from."""
+    while error is not None and not isinstance(error, kind):
+        error = error.__cause__
+    return error
+
+
 T = TypeVar("T", bound=TrainingCLI)
 
 
@@ -323,6 +401,7 @@ def run_training(command: str, args: Sequence[str], cli: type[T]) -> T:
         save_config_callback=None,
         seed_everything_default=0,
         parser_class=Parser,
+        parser_kwargs={"formatter_class": HelpFormatter},
         trainer_defaults={"use_distributed_sampler": False},
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,

@@ -51,22 +51,6 @@ def test_help_lists_every_command_with_an_example(capsys):
         assert f"python main.py {command}" in text
 
 
-def test_help_of_a_tool_imports_no_torch():
-    code = (
-        "import sys; from agri_moe.cli import main, TOOLS\n"
-        "for args in [['--help'], *([name, '--help'] for name in TOOLS)]:\n"
-        "    try: main(args)\n"
-        "    except SystemExit as e: assert e.code == 0, e.code\n"
-        "heavy = {'torch', 'transformers', 'lightning', 'datasets'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    for _, purpose, example in TOOLS.values():
-        assert purpose[1:] in done.stdout.replace("\n", " ")
-        assert example.split()[1] in done.stdout
-
-
 def test_unknown_command_is_named(capsys):
     assert "fitt is no command" in refused(capsys, "fitt")
 
@@ -231,8 +215,8 @@ def test_the_main_job(undisturbed, distill_config, tmp_path, capsys, monkeypatch
     by_config = main(["validate", "--config", str(distill_config)])
     assert by_config.run == again.run or by_config.run.folder.samefile(again.run.folder)
     assert by_config.trainer.callback_metrics["val/ce"] == again.trainer.callback_metrics["val/ce"]
-    assert "test/ce" in main(["test"]).trainer.callback_metrics
-    main(["predict"])
+    assert "test/ce" in main(["test", "--model.max_new_tokens=8"]).trainer.callback_metrics
+    main(["predict", "--model.max_new_tokens=8"])
     answers = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
     assert len(answers) == 24
     assert {"scenario", "generated_thought", "generated_advisory", "stop_reason"} <= answers[0].keys()

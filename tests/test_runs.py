@@ -29,6 +29,10 @@ def checkpoint(run: Run, step: int, content: bytes = b"weights") -> Path:
     return path
 
 
+def _with(section, **options):
+    return section | {"init_args": section["init_args"] | options}
+
+
 def test_fingerprint_ignores_where_and_how_long_but_not_what():
     config = {
         "model": {"a": 1},
@@ -41,6 +45,10 @@ def test_fingerprint_ignores_where_and_how_long_but_not_what():
     assert fingerprint(config) == fingerprint(longer)
     assert fingerprint(config) != fingerprint(other)
     assert fingerprint(config) != fingerprint(config | {"model": {"a": 2}})
+    model, data = ({"class_path": "x", "init_args": {"a": 1}} for _ in range(2))
+    tested = {"model": _with(model, max_new_tokens=0), "data": _with(data, test="rows.parquet")}
+    assert fingerprint(config | {"model": model, "data": data}) == fingerprint(config | tested)
+    assert fingerprint(config | tested) != fingerprint(config | tested | {"data": _with(data, train="rows.parquet")})
 
 
 def test_differences_name_each_leaf():

@@ -16,7 +16,7 @@ import numpy as np
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
-from agri_moe.data.chat import DEFAULT_FORMAT, Chat, ChatFormat, render_scenario
+from agri_moe.data.chat import DEFAULT_FORMAT, Chat, ChatFormat, render_scenario, usable_text
 from agri_moe.data.packing import PackedRows, check_trainer
 from agri_moe.data.rows import (
     BadRows,
@@ -40,6 +40,7 @@ from agri_moe.data.teacher_view import TeacherView
 
 REQUIRED = ("scenario", "advisory")
 COLUMNS = ("system", "scenario", "thought", "advisory")
+TRUTH = ("diagnosis", "action")  # what an answer to the row must say, where the row tells
 
 Split = Literal["train", "validation", "test"]
 
@@ -56,7 +57,8 @@ class ChatDataModule(StreamingDataModule):
         columns: Our column -> the one in the files, e.g. {advisory: answer}.
         format: Markers, scenario header and default instruction.
         max_length: Longest packed sequence, in tokens; a longer row is a bad row.
-        tokens_per_batch: Tokens of one micro-batch on each rank.
+        tokens_per_batch: Tokens of one micro-batch on each rank; `test` and `predict` have as many rows answered at a
+            time as fit if each is `max_length` long.
         validation_share: Share of the scenarios held out when `validation` is not given.
         bad_rows: `error` stops at a row that cannot be used; `skip` leaves such rows out, counted and listed.
         max_skipped_share: With `skip`, the run stops when a larger share of the rows than this is bad.
@@ -173,10 +175,10 @@ class ChatDataModule(StreamingDataModule):
         return load(
             self._sources(split),
             functools.partial(_encode, columns=self.columns, view=self._view),
-            ("chat", sorted(self.columns.items())),
+            ("chat", sorted(self.columns.items()), TRUTH),
             self.chat,
             self.tokenizer,
-            texts=COLUMNS,
+            texts=COLUMNS + TRUTH,
             columns=self._wanted(),
             max_length=self.max_length,
             num_proc=self.num_proc,
@@ -207,16 +209,28 @@ class ChatDataModule(StreamingDataModule):
         """Packed validation rows in a fixed order; nothing when none are held out."""
         return self._loader("validation", shuffle=False) if len(self.rows("validation")) else []
 
-    def test_dataloader(self) -> DataLoader[Any]:
-        """Packed test rows in a fixed order."""
-        return self._loader("test", shuffle=False)
+    def test_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
+        """Packed test rows in a fixed order; then the same as prompts, if the module that is tested answers them."""
+        self._require_test_rows()
+        packed = self._loader("test", shuffle=False)
+        module = self.trainer.lightning_module if self.trainer else None
+        return [packed, self.predict_dataloader()] if getattr(module, "answers_tests", False) else packed
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """This rank's test rows as prompts: batches are lists of dicts: row_id, prompt_ids and the texts."""
+        """This rank's test rows as prompts: batches are lists of dicts: row_id, prompt_ids and the texts.
+
+        Every rank has as many, for a sharded model answers on all of them at once: some rows may come up twice.
+        """
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        self._require_test_rows()
         rows = self.rows("test")
-        prompts = _Prompts(rows, self.chat, range(rank, len(rows), world))
+        shared_out = range(rank, world * -(-len(rows) // world), world)
+        prompts = _Prompts(rows, self.chat, [place % len(rows) for place in shared_out])
         return DataLoader(prompts, batch_size=self._per_batch, collate_fn=list)
+
+    def _require_test_rows(self) -> None:
+        if not len(self.rows("test")):
+            raise ValueError("data.test names no rows, and none are held out for validation: set data.test.")
 
     @property
     def _view(self) -> TeacherView | None:
@@ -236,7 +250,7 @@ class ChatDataModule(StreamingDataModule):
             self._row_stream = self._stream = None
 
     def _wanted(self) -> set[str]:
-        return {self.columns.get(name, name) for name in COLUMNS}
+        return {self.columns.get(name, name) for name in COLUMNS} | {*TRUTH}
 
     def _sources(self, split: str) -> list[Source]:
         return find_sources(getattr(self, split), f"data.{split}")
@@ -286,7 +300,7 @@ class ChatDataModule(StreamingDataModule):
 class _Prompts(Dataset[dict[str, Any]]):
     """What a model is asked: the prompt of each row, with its texts to hold the answer against."""
 
-    def __init__(self, rows: Rows, chat: Chat, chosen: range) -> None:
+    def __init__(self, rows: Rows, chat: Chat, chosen: list[int]) -> None:
         self.rows = rows
         self.chat = chat
         self.chosen = chosen
@@ -298,19 +312,22 @@ class _Prompts(Dataset[dict[str, Any]]):
         row_id = self.chosen[index]
         row = self.rows.table[row_id]
         prompt = self.chat.encode_prompt(row["scenario"], row["system"])
-        return {"row_id": row_id, "prompt_ids": prompt, **{name: row[name] for name in COLUMNS}}
+        return {"row_id": row_id, "prompt_ids": prompt, **{name: row[name] for name in COLUMNS + TRUTH}}
 
 
 def _encode(chat: Chat, raw: RawRow, columns: dict[str, str], view: TeacherView | None = None) -> list[Record]:
     """A raw row as one record: its tokens and texts, or the reason against it."""
     row = {name: raw.values.get(columns.get(name, name)) for name in COLUMNS}
-    nothing: Record = dict.fromkeys(COLUMNS)
+    nothing: Record = dict.fromkeys(COLUMNS + TRUTH)
     if raw.reason:
         return [{**bad_record(raw.reason, chat.control_ids, view is not None), **nothing}]
     try:
         ids, segments = chat.encode(row)
+        told = {name: raw.values.get(name) for name in TRUTH}
+        truth = {name: usable_text(name, value) for name, value in told.items() if isinstance(value, str)}
         teacher = None if view is None else view.encode(chat, row)
     except ValueError as error:
         return [{**bad_record(str(error), chat.control_ids, view is not None), **nothing}]
     scenario = render_scenario(row["scenario"])
-    return [{**record(ids, segments, chat.control_ids, scenario, teacher), **row, "scenario": scenario}]
+    tokens = record(ids, segments, chat.control_ids, scenario, teacher)
+    return [{**nothing, **tokens, **row, **truth, "scenario": scenario}]

@@ -5,10 +5,12 @@ Shapes: B batch, T sequence, N supervised positions, M of them with KL, L layers
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
@@ -16,9 +18,17 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from agri_moe.data.chat import Chat, Segment
+from agri_moe.evaluation import Evaluation, Measure, Row, score_answers
 from agri_moe.generation import generate
 from agri_moe.losses import Routing, routing, token_statistics
-from agri_moe.metrics import RoutingStatistics, SegmentLoss, TeacherAgreement, TermMean, balanced_perplexity
+from agri_moe.metrics import (
+    RoutingStatistics,
+    SegmentLoss,
+    TeacherAgreement,
+    TermMean,
+    balanced_perplexity,
+    tokens_seen,
+)
 from agri_moe.models.causal import CausalModel, Forward
 from agri_moe.models.experts import visits
 from agri_moe.models.sharding import shard
@@ -30,6 +40,9 @@ from agri_moe.optimizer import OptimizerConfig
 from agri_moe.schedules import Moment
 from agri_moe.stages import Stage, StageSettings, check_total, settings, spans, stage_at, trained_summary
 from agri_moe.teacher import TeacherSignal
+
+STATISTICS = ("cka", "attention", "diversity", "balance")
+"""Terms of which each micro-batch has one value, and not each token."""
 
 
 class LanguageModule(TrainingModule, ABC):
@@ -47,12 +60,16 @@ class LanguageModule(TrainingModule, ABC):
         stages: Parts of the run with settings of their own, one after the other; each is as if a new run had begun
             from the weights that the one before it left, only that the rows go on. None is one stage.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
-        max_new_tokens: Where `predict` cuts answers off.
+        max_new_tokens: Where `test` and `predict` cut answers off; at 0 `test` has none written.
+
+    Attributes:
+        evaluation: What the last `test` found.
     """
 
     model: CausalModel
     model_key: str
     val_routing: RoutingStatistics
+    evaluation: Evaluation
 
     def __init__(
         self,
@@ -78,6 +95,7 @@ class LanguageModule(TrainingModule, ABC):
         )
         self.gradient_checkpointing = gradient_checkpointing
         self.max_new_tokens = max_new_tokens
+        self._answered: list[Row] = []  # rows of a test with the model's answers
         self._step_terms: dict[str, Tensor] = {}
         self._spans: list[range] | None = None  # of the stages, while fitting
         self._entered: int | None = None
@@ -97,6 +115,8 @@ class LanguageModule(TrainingModule, ABC):
             ValueError: In one sentence that names the key.
         """
         self.optimizer_config.check()
+        if self.max_new_tokens < 0:
+            raise ValueError(f"model.max_new_tokens is {self.max_new_tokens}: it must be at least 0.")
         config = self.model_config.hf_config(self.model_key, chat)
         check_vocabulary(self.model_config.source, config, chat, f"{self.model_key}.source")
         if any(objective.uses("diversity") for objective in self.objectives) and not is_moe(config):
@@ -551,7 +571,19 @@ class LanguageModule(TrainingModule, ABC):
     def _val_term(self, name: str) -> TermMean:
         return cast(TermMean, self.val_terms[name])
 
-    def predict_step(self, batch: list[dict[str, Any]], batch_idx: int) -> list[dict[str, Any]]:
+    @property
+    def answers_tests(self) -> bool:
+        """Whether a test has the model answer the rows too: the data module then gives them as prompts besides."""
+        return self.max_new_tokens > 0
+
+    def test_step(self, batch: Batch | list[Row], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """What validation measures, of packed rows; of prompts, the answers."""
+        if isinstance(batch, list):
+            self._answered += self.predict_step(batch, batch_idx)
+        else:
+            self.validation_step(batch, batch_idx)
+
+    def predict_step(self, batch: list[Row], batch_idx: int) -> list[Row]:
         """Answer scenarios greedily; each row comes back with its answer."""
         answers = generate(
             self.model,
@@ -560,10 +592,23 @@ class LanguageModule(TrainingModule, ABC):
             max_new_tokens=self.max_new_tokens,
             batch_size=len(batch),
         )
-        kept = ("row_id", "system", "scenario", "thought", "advisory")
         return [
-            {name: row[name] for name in kept} | answer.columns() for row, answer in zip(batch, answers, strict=True)
+            {name: value for name, value in row.items() if name != "prompt_ids"} | answer.columns()
+            for row, answer in zip(batch, answers, strict=True)
         ]
+
+    def on_test_epoch_start(self) -> None:
+        """Begin with no answers."""
+        self._answered = []
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test, and score the answers of all ranks."""
+        super().on_test_epoch_end()
+        if not self._answered:
+            return
+        answers = score_answers(of_all_ranks(self._answered))
+        self.log_dict({f"test/{name}": measure.value for name, measure in answers.measures.items()})
+        self.evaluation = replace(answers, measures=self.evaluation.measures | answers.measures)
 
     def log_evaluation(self, prefix: str) -> None:
         """Log what has been gathered, across ranks, and begin anew."""
@@ -580,10 +625,30 @@ class LanguageModule(TrainingModule, ABC):
                 values[f"{prefix}/{name}"] = value
         if self.model.routers:
             values |= {f"{prefix}/{name}": value for name, value in self._routing_values(losses).items()}
-            self.val_routing.reset()
         self.log_dict(values)
+        if prefix == "test":
+            self.evaluation = Evaluation(self._measures(values))
+        if self.model.routers:
+            self.val_routing.reset()
         for used in (self.val_loss, self.val_teacher, *val_terms.values()):
             used.reset()
+
+    def _measures(self, values: dict[str, Tensor]) -> dict[str, Measure]:
+        """What was logged of a test, with the tokens, or for a statistic of each micro-batch those, behind a number."""
+        by_segment = tokens_seen(self.val_loss)
+        seen: dict[str, Tensor] = {name: tokens_seen(self._val_term(name)) for name in self.val_terms}
+        for segment, tokens in zip(self.val_loss.segments, by_segment, strict=True):
+            seen |= dict.fromkeys((f"loss_{segment}", f"perplexity_{segment}"), tokens)
+        seen |= dict.fromkeys(("ce", "perplexity", "balanced_perplexity"), by_segment.sum())
+        seen |= dict.fromkeys(("kl", "agreement"), tokens_seen(self.val_teacher))
+        if self.model.routers:
+            seen |= dict.fromkeys(("router_entropy", "balance_score", "dead_experts"), tokens_seen(self.val_routing))
+        measures = {}
+        for key, value in values.items():
+            name = key.removeprefix("test/")
+            statistic = name.split("/")[0].removeprefix("anchor_") in STATISTICS
+            measures[name] = Measure(float(value), int(seen[name]), "micro-batches" if statistic else "tokens")
+        return measures
 
     def _routing_values(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
         """Means over the layers; nothing if no token was routed."""
@@ -598,6 +663,16 @@ class LanguageModule(TrainingModule, ABC):
         if losses:
             values["balanced_perplexity"] = balanced_perplexity(losses["loss"], values["balance_score"])
         return values
+
+
+def of_all_ranks(rows: list[Row]) -> list[Row]:
+    """The rows that the ranks have answered, in their order, each once. To be asked for on every rank."""
+    if dist.is_initialized():
+        parts: list[list[Row]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(parts, rows)
+        rows = [row for part in parts for row in part]
+    by_id = {row["row_id"]: row for row in rows}
+    return [by_id[row_id] for row_id in sorted(by_id)]
 
 
 def _by_name(state: dict[str, Any], names: Sequence[str]) -> None:

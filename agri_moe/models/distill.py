@@ -347,8 +347,6 @@ class DistillModule(LanguageModule):
         """Losses per segment, divergence from and agreement with the teacher, routing."""
         self.evaluate(batch, *self.signals(batch, self.objective))
 
-    test_step = validation_step
-
     def on_validation_epoch_end(self) -> None:
         """Log too how much of the rows' answers the teacher's view has a counterpart for."""
         super().on_validation_epoch_end()

@@ -38,5 +38,3 @@ class PretrainModule(LanguageModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Losses per segment and routing."""
         self.evaluate(batch)
-
-    test_step = validation_step
