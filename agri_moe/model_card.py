@@ -180,11 +180,12 @@ def _list(value: Any) -> list[Any]:
 
 
 def _use(name: str, chat: Chat, is_chat: bool) -> str:
+    quoted = json.dumps(name, ensure_ascii=False)
     load = f"""\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained({name!r})
-model = AutoModelForCausalLM.from_pretrained({name!r}, dtype="auto")"""
+tokenizer = AutoTokenizer.from_pretrained({quoted})
+model = AutoModelForCausalLM.from_pretrained({quoted}, dtype="auto")"""
     if not is_chat:
         return f"""\
 ```python
@@ -200,14 +201,15 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens=100)[0]))
 messages = [{{"role": "user", "content": "फसल: गेहूँ\\nलक्षण: पत्तियाँ पीली"}}]
 prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
 written = model.generate(**prompt)[0, prompt["input_ids"].shape[1] :]
-thought, _, advisory = tokenizer.decode(written).partition({mark.assistant!r})
-print(advisory.removesuffix({mark.end!r}).strip())
+answer = tokenizer.parse_response(written, prefix=tokenizer.decode(prompt["input_ids"][0]))
+print(answer.get("reasoning_content"), answer.get("content"), sep="\\n\\n")
 ```
 
 What the model thinks comes first, then `{mark.assistant}`, then the advisory, then `{mark.end}`, at which it stops.
-`{mark.assistant}` is a special token: decoded with `skip_special_tokens=True`, thought and advisory run together. Give
-`enable_thinking=False` to the template for an advisory without a thought, if the training rows had such. The
-template knows the roles system, user and assistant, with the thought of an earlier answer in `reasoning_content`.
+`{mark.assistant}` is a special token: decoded with `skip_special_tokens=True`, thought and advisory run together.
+`parse_response`, of recent transformers, tells them apart, and so does `transformers serve`. Give
+`enable_thinking=False` to the template for an advisory without a thought, if the training rows had such. The template
+knows the roles system, user and assistant, with the thought of an earlier answer in `reasoning_content`.
 
 A tokenizer turns the text of a control token into that token wherever it stands. Take {markers}
 out of what strangers write, or ask through `agri_moe generate`, which keeps them text."""

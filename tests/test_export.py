@@ -13,7 +13,7 @@ from test_cli import refused
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from agri_moe.cli import main
-from agri_moe.data.synthetic import NOTICE
+from agri_moe.data.synthetic import NOTICE, make_rows
 from agri_moe.model_card import NO_SUBSTITUTE, base_model
 from agri_moe.tools import export as module
 
@@ -58,8 +58,8 @@ def test_a_run_is_exported_with_all_that_a_server_reads_and_a_card(distill_confi
     logged = float(cli.trainer.callback_metrics["val/kl"])
     assert f"| kl | {logged:.4g} |" in card.text
     assert "after step 6" in card.text
-    code = card.text.split("```python\n")[1].split("```")[0].replace("'advisor'", repr(str(folder)))
-    exec(compile(code, "card", "exec"), {})
+    code = card.text.split("```python\n")[1].split("```")[0].replace('"advisor"', repr(str(folder)))
+    exec(code, {})
 
     # Of an earlier checkpoint the card tells nothing that was measured later.
     main(["export", "--output", str(tmp_path / "earlier"), "--checkpoint", str(checkpoints / "step=00000004.ckpt")])
@@ -75,6 +75,24 @@ def test_a_run_is_exported_with_all_that_a_server_reads_and_a_card(distill_confi
     (cli.run.folder / "evaluation.json").write_text(json.dumps(found))
     main(["export", "--output", str(folder), "--overwrite", "true", *common])
     assert "| chrf | 61.26 | 60 to 62.5 | 24 rows |" in (folder / "README.md").read_text()
+
+
+def test_a_plain_tokenizer_takes_answers_apart(chat, tmp_path):
+    """What `transformers serve` does: thought and advisory apart, with and without a thought, in a second turn too."""
+    chat.save(tmp_path)
+    plain = AutoTokenizer.from_pretrained(tmp_path)
+    row = make_rows(1, seed=1, split="train")[0]
+    for asked, thinking in ((row, True), (row | {"thought": None}, False)):
+        *before, answer = chat.messages(asked)
+        for messages in (before, [*before, answer, *before[1:]]):
+            prefix = plain.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+            )
+            whole = plain.apply_chat_template([*messages, answer], tokenize=False)
+            assert whole.startswith(prefix)
+            written = plain.encode(whole.removeprefix(prefix), add_special_tokens=False)
+            parsed = plain.parse_response(written, prefix=prefix)
+            assert parsed == {name: text.strip() for name, text in answer.items()}
 
 
 def test_a_model_of_no_run_says_that_nothing_is_known(dense, tmp_path):
