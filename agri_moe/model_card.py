@@ -41,6 +41,7 @@ def model_card(
     chat: Chat,
     config: PreTrainedConfig,
     license: str | None,
+    library: str = "transformers",
 ) -> str:
     """The card as Markdown with its front matter.
 
@@ -52,6 +53,7 @@ def model_card(
         chat: Tokenizer and format of the model.
         config: Of the model as it is exported.
         license: Its identifier, or None if none was given.
+        library: What the files are for: `transformers` or `litgpt`.
     """
     if record is not None and step is not None:
         record = _until(record, step)
@@ -60,7 +62,7 @@ def model_card(
         _opening(source, record),
         *(f"> **{notice}**" for notice in _notices(record)),
         "## Use",
-        _use(name, chat, _is_chat(record)),
+        _use_litgpt(name) if library == "litgpt" else _use(name, chat, _is_chat(record)),
         *_example(record),
         "## Training",
         _training(record, step),
@@ -74,7 +76,7 @@ def model_card(
         "## Licence",
         _licence(license),
     ]
-    front = yaml.safe_dump(_front_matter(record, config, license), allow_unicode=True, sort_keys=False)
+    front = yaml.safe_dump(_front_matter(record, config, license, library), allow_unicode=True, sort_keys=False)
     return f"---\n{front}---\n\n" + "\n\n".join(sections) + "\n"
 
 
@@ -92,12 +94,12 @@ def _until(record: Record, step: int) -> Record:
 # ---- front matter
 
 
-def _front_matter(record: Record | None, config: PreTrainedConfig, license: str | None) -> dict[str, Any]:
+def _front_matter(record: Record | None, config: PreTrainedConfig, license: str | None, library: str) -> dict[str, Any]:
     base = base_model(_source(record)) if record else None
     values = {
         "language": _languages(record),
         "license": license,
-        "library_name": "transformers",
+        "library_name": library,
         "pipeline_tag": "text-generation",
         "base_model": base,
         "tags": list(_tags(record, config)),
@@ -213,6 +215,24 @@ knows the roles system, user and assistant, with the thought of an earlier answe
 
 A tokenizer turns the text of a control token into that token wherever it stands. Take {markers}
 out of what strangers write, or ask through `agri_moe generate`, which keeps them text."""
+
+
+def _use_litgpt(name: str) -> str:
+    quoted = json.dumps(name, ensure_ascii=False)
+    return f"""\
+```python
+from pathlib import Path
+
+import torch
+from litgpt import GPT, Config, Tokenizer
+
+folder = Path({quoted})
+model = GPT(Config.from_checkpoint(folder))
+model.load_state_dict(torch.load(folder / "lit_model.pth", mmap=True, weights_only=True))
+tokenizer = Tokenizer(folder)
+```
+
+How a prompt is written, and where an answer ends, stand in `chat_template.jinja` and `generation_config.json`."""
 
 
 def _example(record: Record | None) -> list[str]:

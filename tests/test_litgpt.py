@@ -3,6 +3,7 @@
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from test_cli import refused
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -133,6 +134,7 @@ def test_out_and_in_again_is_the_same_model(family, write):
 
 def test_a_litgpt_folder_serves_where_a_hugging_face_folder_does(write, tmp_path, capsys):
     model, folder = write("qwen3")
+    assert ModelCard.load(folder / "README.md").data.library_name == "litgpt"
     main(["upcycle", "--source", str(folder), "--output", str(tmp_path / "moe"), "--jitter", "0"])
     main(["audit", "--student", str(tmp_path / "moe"), "--source", str(folder)])
     assert "same first choice 100.0%" in capsys.readouterr().out

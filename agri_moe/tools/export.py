@@ -55,7 +55,8 @@ def export(
     model, chat = load_stock(path, dtype)
     record, step = _record(Path(path))
     _set_generation(model, chat, record)
-    card = model_card(target.name, path, record, step, chat, model.config, license)
+    library = "litgpt" if format == "litgpt" else "transformers"
+    card = model_card(target.name, path, record, step, chat, model.config, license, library)
     with new_checkpoint(target, _provenance(path, format, dtype), overwrite=overwrite, name=PROVENANCE) as building:
         replace_text(building / "README.md", card)
         chat.save(building)
