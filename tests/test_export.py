@@ -1,6 +1,7 @@
 """The exported folder: what other tools read in it, the model card, and what a failed export leaves alone."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -9,15 +10,19 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from jinja2 import Template
 from test_cli import refused
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from agri_moe.cli import main
+from agri_moe.data.chat import render_scenario
 from agri_moe.data.synthetic import NOTICE, make_rows
 from agri_moe.model_card import NO_SUBSTITUTE, base_model
 from agri_moe.tools import export as module
 
-STOPS = Path(__file__).parents[1] / "scripts" / "stops.py"
+ROOT = Path(__file__).parents[1]
+STOPS = ROOT / "scripts" / "stops.py"
+LM_EVAL = ROOT / "docs" / "lm_eval"
 
 
 def test_a_run_is_exported_with_all_that_a_server_reads_and_a_card(distill_config, corpus, tmp_path, capsys):
@@ -168,6 +173,20 @@ def saying(token, weight, vocabulary):
         model.model.norm.weight.fill_(1.0)
         model.lm_head.weight[token] = weight
     return model
+
+
+def test_the_harness_task_asks_as_we_do_and_counts_what_it_says():
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))
+    task = yaml.load((LM_EVAL / "diagnosis.yaml").read_text(), Loader)
+    process_results = runpy.run_path(str(LM_EVAL / "scores.py"))["process_results"]
+    for row in make_rows(20, seed=1, split="validation"):
+        asked = Template(task["doc_to_text"]).render(scenario=row["scenario"] | {"note": None})
+        assert asked == render_scenario(row["scenario"])
+        assert process_results(row, [f"{row['thought']}\n\n{row['advisory']}\n"]) == {"diagnosis": 1.0, "action": 1.0}
+        assert process_results(row, [f"{row['diagnosis']}\n\nपानी दें।"]) == {"diagnosis": 0.0, "action": 0.0}
 
 
 def test_answers_that_end_by_themselves_are_counted_without_this_package(corpus, chat, tmp_path):
