@@ -1,17 +1,18 @@
 """A trained model from disk: an exported folder, or a checkpoint in a run's folder, whole or in pieces."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from agri_moe.data.chat import Chat
-from agri_moe.models.checkpoint_files import load_config
+from agri_moe.models.checkpoint_files import is_litgpt, load_config
+from agri_moe.models.upcycle import fill, stored_placed, unreadable
 from agri_moe.runs import damage
 
 PREFIX = "model.hf."
@@ -22,7 +23,7 @@ def load_trained(path: str, key: str) -> tuple[PreTrainedModel, Chat]:
     """Model, in the type it was saved in, and tokenizer with its chat format.
 
     Args:
-        path: A Hugging Face folder or hub name, or a checkpoint (`.ckpt`) of a run.
+        path: A Hugging Face folder or hub name, a LitGPT folder, or a checkpoint (`.ckpt`) of a run.
         key: The option that named it, for messages.
 
     Raises:
@@ -31,8 +32,39 @@ def load_trained(path: str, key: str) -> tuple[PreTrainedModel, Chat]:
     if Path(path).suffix == ".ckpt":
         return load_checkpoint(Path(path), key)
     load_config(path, key)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
-    return model.eval(), Chat.load(path)
+    return load_pretrained(path, dtype="auto").eval(), Chat.load(path)
+
+
+def load_pretrained(
+    source: str | Path, dtype: torch.dtype | Literal["auto"], quantization_config: Any = None, **options: Any
+) -> PreTrainedModel:
+    """A model from a Hugging Face folder or hub name, or from a folder that LitGPT wrote.
+
+    Args:
+        source: Folder or hub name; `load_config` has read it.
+        dtype: Of the weights; `auto` is the type they are stored in.
+        quantization_config: As transformers takes it.
+        **options: For transformers.
+
+    Raises:
+        ValueError: If a LitGPT checkpoint is incomplete, or is to be quantized.
+    """
+    if not is_litgpt(source):
+        if quantization_config is not None:
+            options["quantization_config"] = quantization_config
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+    if quantization_config is not None:
+        raise ValueError(f"{source} is a LitGPT checkpoint, which is not quantized on the way: export it first.")
+    if reason := unreadable(source):
+        raise ValueError(f"{source} cannot be read, because {reason}.")
+    config = load_config(source, "source")
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype if dtype == "auto" else dtype, **options)
+    fill(model, stored_placed(source))
+    model.tie_weights()  # no_init_weights leaves a tied head untied
+    if (Path(source).expanduser() / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source)
+    return model.eval()
 
 
 def load_checkpoint(path: Path, key: str) -> tuple[PreTrainedModel, Chat]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -165,6 +166,7 @@ class Chat:
         }
         self.chat_template = chat_template(format)
         tokenizer.chat_template = self.chat_template
+        tokenizer.response_template = response_template(format)
         self._check_pieces()
 
     @classmethod
@@ -378,6 +380,23 @@ def chat_template(format: ChatFormat) -> str:
     {{{{- {opening["thought"]} -}}}}
   {{%- endif -%}}
 {{%- endif -%}}"""
+
+
+def response_template(format: ChatFormat) -> dict[str, Any]:
+    """How an answer is taken apart again, for `tokenizer.parse_response` and `transformers serve`.
+
+    Without it, servers of this model type look for `<think>` and find neither thought nor advisory.
+    """
+    thought, assistant = re.escape(format.thought), re.escape(format.assistant)
+    return {
+        "defaults": {"role": "assistant"},
+        # The prompt ends in one of the two: the thought's marker opens its field, after the other all is content.
+        "start_anchor_pattern": rf"(?={thought}\n\Z)|{assistant}\n\Z",
+        "fields": {
+            "reasoning_content": {"open": format.thought, "close": format.assistant, "content": "text"},
+            "content": {"close": format.end, "content": "text"},
+        },
+    }
 
 
 def _fields(row: Row, format: ChatFormat) -> tuple[str, str, str | None, str]:

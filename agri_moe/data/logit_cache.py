@@ -32,6 +32,7 @@ import pyarrow as pa
 
 from agri_moe.data.chat import Chat
 from agri_moe.models.checkpoint_files import COMPANIONS, CONFIG, load_config
+from agri_moe.models.litgpt import SETTINGS
 from agri_moe.runs import replace_text
 
 FORMAT = 1
@@ -274,9 +275,10 @@ def teacher_fingerprint(source: str) -> str:
     if not folder.is_dir():
         return f"{source}@{config._commit_hash}"
     digest = hashlib.sha256()
-    for path in sorted(path for pattern in (CONFIG, *COMPANIONS) for path in folder.glob(pattern) if path.is_file()):
+    small = (CONFIG, SETTINGS, *COMPANIONS)
+    for path in sorted(path for pattern in small for path in folder.glob(pattern) if path.is_file()):
         digest.update(path.name.encode() + path.read_bytes())
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+    for path in sorted(path for end in ("safetensors", "bin", "pth") for path in folder.glob(f"*.{end}")):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from agri_moe.models.checkpoint_files import (
     CONFIG,
@@ -31,6 +31,7 @@ from agri_moe.models.checkpoint_files import (
     stored_tensors,
 )
 from agri_moe.models.upcycle import Target, UpcycleSpec, count_parameters, expected_tensors, is_moe, moe_rows
+from agri_moe.trained import load_pretrained
 
 # Both models are computed in float32 from the stored weights, so at jitter 0 only the order of additions
 # differs: 1e-6 of the logits' standard deviation in two layers, 1e-5 in 28 (random weights, 0.6B shape).
@@ -351,7 +352,7 @@ def _compare_logits(report: AuditReport, logits_NV: Tensor, source_NV: Tensor, t
 
 def _run(folder: Path, ids_BT: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Logits [N, V] of a checkpoint in float32 on the CPU, and each layer's router logits [N, E]."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False).eval()
+    model = load_pretrained(folder, dtype="auto", trust_remote_code=False).eval()
     _compute_in_float32(model)
     routing = {"output_router_logits": True} if is_moe(model.config) else {}
     with torch.inference_mode():

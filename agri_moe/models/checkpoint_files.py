@@ -14,7 +14,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +31,7 @@ from agri_moe.runs import replace_text
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
+LITGPT = "lit_model.pth"
 PROVENANCE = "upcycle.json"
 # Everything of a checkpoint that is neither weights nor config: the tokenizer and how to generate.
 COMPANIONS = (
@@ -75,6 +76,21 @@ class StoredTensor(TensorInfo):
                 yield file.get_slice(self.name)[start : start + rows]
 
 
+@dataclass(frozen=True)
+class MappedTensor(StoredTensor):
+    """A tensor of a LitGPT checkpoint, a single file that is mapped once for all: its table is slow to read."""
+
+    tensor: Tensor = field(compare=False)
+
+    def read(self) -> Tensor:
+        """The tensor, mapped from the file."""
+        return self.tensor
+
+    def pieces(self, size: int = 1 << 23) -> Iterator[Tensor]:
+        """The tensor in runs of rows, about `size` bytes each."""
+        yield from self.tensor.split(max(1, size * self.shape[0] // self.size))
+
+
 T = TypeVar("T", bound=TensorInfo)
 
 
@@ -105,8 +121,14 @@ def checkpoint_folder(source: str | Path, patterns: Sequence[str] = CHECKPOINT) 
             raise ValueError(
                 f"{name} is neither a folder nor a Hugging Face repository within reach ({_first_line(error)})."
             ) from error
-    read_json(path / CONFIG)
+    if not is_litgpt(path):
+        read_json(path / CONFIG)
     return path
+
+
+def is_litgpt(source: str | Path) -> bool:
+    """Whether `source` is a folder with a checkpoint of LitGPT in it (`models/litgpt.py`)."""
+    return (Path(source).expanduser() / LITGPT).is_file()
 
 
 def load_config(source: str | Path, key: str) -> PreTrainedConfig:
@@ -115,6 +137,10 @@ def load_config(source: str | Path, key: str) -> PreTrainedConfig:
     Raises:
         ValueError: One sentence naming `key`, the setting that gave `source`, if there is none.
     """
+    if is_litgpt(source):
+        from agri_moe.models import litgpt  # which imports from here
+
+        return litgpt.read_config(Path(source).expanduser())
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
@@ -141,11 +167,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a safetensors checkpoint, by name, from the headers alone.
+    """Every tensor of a checkpoint, by name, from the headers alone; those of LitGPT under Hugging Face's names.
 
     Raises:
         ValueError: When there are no safetensors, or a file is missing or damaged.
     """
+    if is_litgpt(folder):
+        return _litgpt_tensors(folder)
     if (folder / INDEX).is_file():
         files = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
     elif (folder / "model.safetensors").is_file():
@@ -155,6 +183,17 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         reason = f"only {pickled.name}, whose format can run code" if pickled else "no weights"
         raise ValueError(f"{folder} holds {reason}: give a checkpoint saved as safetensors.")
     return {tensor.name: tensor for file in files for tensor in _header(folder / file)}
+
+
+def _litgpt_tensors(folder: Path) -> dict[str, StoredTensor]:
+    from agri_moe.models import litgpt  # which imports from here
+
+    path = folder / LITGPT
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    return {
+        name: MappedTensor(name, codes.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), path, tensor)
+        for name, tensor in litgpt.read_tensors(folder, litgpt.read_config(folder)).items()
+    }
 
 
 def _header(path: Path) -> list[StoredTensor]:
@@ -177,7 +216,7 @@ def refuse_output(output: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ValueError(f"{output} exists: give another output folder, or overwrite to replace it.")
-    if not output.is_dir() or (any(output.iterdir()) and not (output / CONFIG).is_file()):
+    if not output.is_dir() or (any(output.iterdir()) and not (output / CONFIG).is_file() and not is_litgpt(output)):
         raise ValueError(f"{output} is no model folder (no config.json): overwrite replaces model folders only.")
 
 

@@ -37,6 +37,7 @@ from agri_moe.models.upcycle import (
     unreadable,
     upcycled_placed,
 )
+from agri_moe.trained import load_pretrained
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
@@ -125,18 +126,16 @@ class ModelConfig:
         self, key: str, chat: Chat, dtype: torch.dtype = torch.float32, quantization: Any = None
     ) -> PreTrainedModel:
         """The model, whole, with rows for the chat's new markers; `quantization` is for one that is not trained."""
-        options: dict[str, Any] = {"attn_implementation": self.attn_implementation}
-        if quantization is not None:
-            options["quantization_config"] = quantization
+        attention = self.attn_implementation
         if self.source is None:
             config = self.hf_config(key, chat)
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
         if self._upcycles(key):
             assert self.upcycle is not None, "it upcycles"
             model = load_upcycled(self.source, self.upcycle, dtype=dtype)
-            model.set_attn_implementation(self.attn_implementation)
+            model.set_attn_implementation(attention)
         else:
-            model = AutoModelForCausalLM.from_pretrained(self.source, dtype=dtype, **options)
+            model = load_pretrained(self.source, dtype, quantization, attn_implementation=attention)
         start_rows(model, untrained_markers(self.source, chat))
         return model
 

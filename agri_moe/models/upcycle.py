@@ -598,6 +598,18 @@ def fill(model: PreTrainedModel, tensors: Iterable[Placed]) -> None:
         place(parameters[target.memory], tensor, target.offset)
 
 
+def stored_parts(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The weights of a stock model under the names of its checkpoint, views of what it holds in memory."""
+    parameters = dict(model.named_parameters())
+    parts = {}
+    for name, target in expected_tensors(model.config).items():
+        part = parameters[target.memory].detach()
+        if target.expert >= 0:
+            part = part[target.expert].narrow(0, target.offset[1], target.shape[0])
+        parts[name] = part
+    return parts
+
+
 def upcycle(source: str | Path, output: str | Path, spec: UpcycleSpec, *, overwrite: bool = False) -> None:
     """Write the upcycled checkpoint: one shard per layer, weights per expert, beside the source's tokenizer.
 
