@@ -79,6 +79,8 @@ footer {display: none !important}
 }
 #advisory textarea, #thought textarea {font-size: 1.05rem; line-height: 1.75; opacity: 1}
 """
+# On a phone the answer stands below the form.
+TO_ANSWER = "() => {if (innerWidth <= 700) document.getElementById('state').scrollIntoView({behavior: 'smooth'})}"
 # What the page itself needs; the same rule keeps a browser from asking any other machine for anything.
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; base-uri 'self'; frame-ancestors 'none'"
 
@@ -235,6 +237,7 @@ def build_page(advisor: Advisor) -> gr.Blocks:
         for ask, answer, inputs, name in ((ask_form, from_form, form, "form"), (ask_text, from_text, [words], "text")):
             # The buttons change at once, the answer waits for its turn, the buttons change back.
             asked = ask.click(begun, None, [*outputs, *buttons], **quiet)
+            ask.click(None, js=TO_ANSWER)
             running.append(asked.then(answer, inputs, outputs, api_name=name, **turn))
             running[-1].then(lambda: _buttons(running=False), None, buttons, **quiet)
         stop.click(stopped, None, [state, *buttons], cancels=running, **quiet)
@@ -309,6 +312,7 @@ def serve(page: gr.Blocks, port: int, wait: bool = True) -> str:
         app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"]), _GATE]},
         theme=gr.themes.Soft(primary_hue="green", font=FONTS, font_mono=["monospace"]),
         css=CSS,
+        head="<script>document.documentElement.lang = 'hi'</script>",
     )
     return str(url)
 
