@@ -10,7 +10,7 @@ PEERS  := $(VENV)/.peers
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,chat]"
 	touch $(READY)
 
 demo: $(READY)        ## the main job on embedded data, offline: about 8 minutes on 2 cores

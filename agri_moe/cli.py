@@ -77,6 +77,11 @@ TOOLS = {
         "answer a scenario, or a file of scenarios; or write rows to train on",
         'generate --model advisor --scenario "फसल: गेहूँ, लक्षण: पत्तियाँ पीली"',
     ),
+    "chat": (
+        "agri_moe.tools.chat:chat",
+        "open a page in the browser that answers scenarios, in Hindi",
+        "chat --model advisor",
+    ),
     "corpus": (
         "agri_moe.tools.corpus:corpus",
         "write the embedded Hindi crop-advisory rows (demonstration data)",

@@ -1,6 +1,11 @@
-"""A teacher writes rows: what it is asked, how its answers are read, which of them are kept, and where."""
+"""Answers: what a model is asked, how it decodes and is stopped, how answers are read, kept and gone on with."""
 
+import fcntl
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,8 +18,27 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from agri_moe.cli import main
 from agri_moe.data.chat import Chat
 from agri_moe.data.chat_data import ChatDataModule
-from agri_moe.generation import Generated, ModelTemplate, generate, sample
-from agri_moe.tools.generate import COLUMNS, Filters, devanagari_share, loops, read, training_rows, write_rows
+from agri_moe.generation import (
+    Decoding,
+    Generated,
+    ModelTemplate,
+    ThoughtBudget,
+    _Writer,
+    generate,
+    sample,
+    stream,
+)
+from agri_moe.tools.generate import (
+    COLUMNS,
+    Filters,
+    devanagari_share,
+    loops,
+    read,
+    read_scenario,
+    show,
+    training_rows,
+    write_rows,
+)
 
 # Qwen3's, without tools and earlier turns.
 QWEN = """\
@@ -155,6 +179,202 @@ def test_the_model_s_own_ends_stop_it(template):
     assert {template.tokenizer.decode(end) for end in kept} == {"<|im_end|>", "<|endoftext|>"}
 
 
+# ---------------------------------------------------------------------- decoding
+
+
+@pytest.fixture(scope="module")
+def model(dense):
+    """Untrained, with weights large enough that it does not say the same token again and again."""
+    network = AutoModelForCausalLM.from_pretrained(dense).eval()
+    torch.manual_seed(0)
+    for parameter in network.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return network
+
+
+@pytest.fixture(scope="module")
+def prompts(chat) -> list[list[int]]:
+    return [chat.encode_prompt(text) for text in ("धान", "गेहूँ की पत्ती पीली है", "फसल: चना\nमौसम: बादल", "आम")]
+
+
+def greedy(model, chat, prompts: list[list[int]], tokens: int, **options) -> list[list[int]]:
+    """New ids, prompt by prompt."""
+    options |= {"end_ids": [chat.end_id], "pad_id": chat.pad_id, "max_new_tokens": tokens, "do_sample": False}
+    return list(sample(model, prompts, batch_size=len(prompts), **options))
+
+
+def test_a_thought_is_closed_at_its_budget_and_no_one_else_is_disturbed(model, chat, prompts):
+    free = greedy(model, chat, prompts, 24)
+    tokens = 6
+    # A model that knows nothing never closes a thought. So one of the tokens that it says early in one row, and not in
+    # another, is declared to be what closes it.
+    close, closed, open_ = next(
+        (token, i, j)
+        for i, one in enumerate(free)
+        for token in one[:tokens]
+        for j, other in enumerate(free)
+        if token not in other[:tokens]
+    )
+    budget = ThoughtBudget(tokens, close, (7, close, 9))
+    answers = greedy(model, chat, prompts, 24, budget=budget)
+    assert answers[closed] == free[closed], "its thought was over by itself"
+    assert not budget.cut(answers[closed])
+    begin = [*free[open_][:tokens], 7, close, 9]
+    assert answers[open_][: tokens + 3] == begin
+    assert budget.cut(answers[open_])
+    (rest,) = greedy(model, chat, [prompts[open_] + begin], 24 - len(begin))
+    assert answers[open_] == begin + rest, "then it is free again"
+
+
+def test_the_budget_closes_thoughts_as_training_rows_do(model, chat, prompts):
+    row = {"scenario": "धान", "thought": "सोच", "advisory": "सलाह"}
+    budget = ThoughtBudget.of(chat, 5)
+    ids = chat.encode(row).input_ids
+    at = ids.index(chat.marker_ids["assistant"])
+    assert tuple(ids[at - 1 : at + 2]) == budget.closing
+    answers = generate(model, chat, prompts, max_new_tokens=24, max_thought_tokens=5)
+    for answer, free in zip(answers, greedy(model, chat, prompts, 5), strict=True):
+        assert answer.advisory, "the advisory follows"
+        assert answer.thought == chat.tokenizer.decode(free).strip().rstrip("\ufffd").rstrip()
+        assert "\ufffd" not in answer.thought[-1:], "no half letter is left where it was cut"
+        assert answer.stop_reason in ("length", "thought_budget")
+    writer = _Writer(model, chat, Decoding(24, 5))
+    over = [*chat.encode_text("धब्बे ")[:5], *budget.closing, *chat.encode_text("सलाह\n"), chat.end_id]
+    assert writer.read(over).stop_reason == "thought_budget"
+    short = [*chat.encode_text("धब्बे")[:2], *budget.closing, *chat.encode_text("सलाह\n"), chat.end_id]
+    assert writer.read(short).stop_reason == "end"
+    assert writer.read([*chat.encode_text("धब्बे")[:2], chat.end_id]).stop_reason == "end"
+
+
+def test_the_budget_in_the_model_s_own_template(template):
+    tokenizer = template.tokenizer
+    budget = ThoughtBudget.of(template, 4)
+    assert tokenizer.decode(budget.closing) == "\n</think>\n\n"
+    opened, closed = tokenizer.convert_tokens_to_ids("<think>"), tokenizer.convert_tokens_to_ids("</think>")
+    assert not budget.cut([5, 6, 7, 8, 9, 10]), "an answer without a thought has none to close"
+    assert budget.cut([opened, 6, 7, 8, 9, closed])
+    assert not budget.cut([opened, 6, closed, 8, 9])
+    model = AutoModelForCausalLM.from_pretrained(tokenizer.name_or_path).eval()
+    prompt = template.encode_prompt("धान")
+    (answer,) = greedy(model, template.chat, [prompt], 9, budget=budget)
+    assert closed not in answer, "it did not begin to think"
+    (answer,) = greedy(model, template.chat, [prompt], 9, budget=ThoughtBudget(4, closed, budget.closing, answer[1]))
+    assert tuple(answer[4:7]) == budget.closing
+
+
+def test_a_template_whose_thoughts_end_in_no_token(template, chat, dense):
+    tokenizer = AutoTokenizer.from_pretrained(dense)
+    tokenizer.chat_template = QWEN
+    own = ModelTemplate(tokenizer, chat, [0])
+    with pytest.raises(ValueError, match="--max_thought_tokens: .* has no token <think>"):
+        ThoughtBudget.of(own, 4)
+
+
+def test_what_is_sampled_hangs_on_seed_and_row_and_not_on_where_it_was_cut(model, chat, prompts):
+    options = {"temperature": 1.0, "top_k": 0, "max_new_tokens": 8, "batch_size": 2}
+
+    def texts(part: slice, first_row: int = 0, **changes) -> list[tuple]:
+        answers = generate(model, chat, prompts[part], first_row=first_row, **options | changes)
+        return [answer[:4] for answer in answers]
+
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    whole = texts(slice(None))
+    assert texts(slice(0, 2)) + texts(slice(2, 4), first_row=2) == whole
+    assert texts(slice(None), seed=1) != whole
+    assert texts(slice(0, 2), first_row=2) != whole[:2], "the same draws are not made for every batch"
+    assert torch.equal(torch.get_rng_state(), state), "nobody else's draws are disturbed"
+    (alone,) = texts(slice(0, 1), temperature=0.01, top_k=1)
+    assert alone == texts(slice(0, 1), temperature=0.0, top_k=None)[0], "one token to choose from is greedy"
+
+
+@pytest.mark.parametrize(
+    ("options", "needle"),
+    [
+        ({"max_new_tokens": 0}, "--max_new_tokens is 0"),
+        ({"max_thought_tokens": 0}, "--max_thought_tokens is 0"),
+        ({"max_new_tokens": 9, "max_thought_tokens": 9}, "which the advisory needs too"),
+        ({"temperature": -1.0}, "--temperature is -1"),
+        ({"temperature": 1.0, "top_p": 0.0}, "--top_p is 0"),
+        ({"temperature": 1.0, "top_k": -1}, "--top_k is -1"),
+        ({"top_k": 5}, "add --temperature above 0"),
+    ],
+)
+def test_decoding_that_cannot_be_meant(options, needle):
+    with pytest.raises(ValueError, match=needle):
+        Decoding(**options)
+
+
+def test_seconds_add_up(model, chat, prompts):
+    answers = list(generate(model, chat, prompts[:3], max_new_tokens=4, batch_size=2))
+    assert answers[0].seconds == answers[1].seconds > 0
+    assert answers[2].seconds not in (0.0, answers[0].seconds)
+
+
+# ---------------------------------------------------------------------- as it comes
+
+
+@pytest.fixture
+def worker():
+    with ThreadPoolExecutor(max_workers=1) as one:
+        yield one
+
+
+def test_an_answer_as_it_comes(model, chat, prompts, worker):
+    options = {"max_new_tokens": 60, "max_thought_tokens": 20}
+    *parts, last = stream(model, chat, prompts[1], worker=worker, **options)
+    (whole,) = generate(model, chat, prompts[1:2], **options)
+    assert last._replace(seconds=0) == whole._replace(seconds=0)
+    assert parts
+    for part in parts:
+        assert part.stop_reason == ""
+        assert whole.thought.startswith(part.thought)
+        assert whole.advisory.startswith(part.advisory)
+
+
+def test_no_half_letter_is_shown(model, chat):
+    """Letter by letter: each prefix of the tokens shows a prefix of the text, and in the end all of it."""
+    text = "पत्तियों पर भूरे धब्बे ॐ ₹ 🌾 हैं।"
+    ids = [*chat.encode_text(text + "\n"), chat.marker_ids["assistant"], *chat.encode_text("\nछिड़काव करें 🚜")]
+    splits = [i for i in range(len(ids)) if chat.tokenizer.decode(ids[:i]).endswith("\ufffd")]
+    assert splits, "some letters take several tokens here"
+    writer = _Writer(model, chat, Decoding())
+    shown = [writer.read_so_far(ids[:i]) for i in range(len(ids) + 1)]
+    assert all(text.startswith(answer.thought) and "छिड़काव करें 🚜".startswith(answer.advisory) for answer in shown)
+    assert shown[-1][:2] == (text, "छिड़काव करें 🚜")
+    assert "<|" not in "".join(answer.thought + answer.advisory for answer in shown)
+
+
+def test_stopping_really_stops(model, chat, prompts, worker):
+    stop = Event()
+    answers = []
+    for answer in stream(model, chat, prompts[0], worker=worker, stop=stop, max_new_tokens=3000):
+        answers.append(answer)
+        stop.set()
+    assert answers[-1].stop_reason == "stopped"
+    assert answers[-1].tokens < 3000
+    open_stream = stream(model, chat, prompts[0], worker=worker, stop=(stop := Event()), max_new_tokens=3000)
+    next(open_stream)
+    open_stream.close()
+    assert stop.is_set(), "who leaves does not keep the model busy"
+    assert worker.submit(lambda: "free").result(timeout=60) == "free"
+
+
+def test_a_mistake_in_the_worker_is_told(chat, prompts, worker):
+    with pytest.raises(AttributeError):
+        list(stream(None, chat, prompts[0], worker=worker))
+
+
+def test_printing_an_answer_as_it_grows(capsys):
+    steps = [("सो", ""), ("सोच", ""), ("सोच", "सल"), ("सोच\x1b", "सलाह")]
+    answers = [Generated(thought, advisory, 3, "") for thought, advisory in steps[:3]]
+    assert show(iter([*answers, Generated("सोच", "सलाह", 4, "end")])).tokens == 4
+    assert capsys.readouterr().out == "विचार: सोच\n\nसलाह: सलाह\n"
+    show(iter([Generated("सोच\x1b[31m", "", 4, "length")]))
+    assert capsys.readouterr().out == "विचार: सोच␛[31m\n\nसलाह: \n"
+
+
 # ---------------------------------------------------------------------- which answers are kept
 
 
@@ -163,6 +383,7 @@ def test_the_model_s_own_ends_stop_it(template):
     [
         ({}, Filters(), ""),
         ({"stop_reason": "length"}, Filters(), "not ended by itself"),
+        ({"stop_reason": "thought_budget"}, Filters(), "thought cut short"),
         ({"thought": None}, Filters(), "no thought"),
         ({"thought": " \n"}, Filters(), "no thought"),
         ({"advisory": ""}, Filters(), "no advisory"),
@@ -319,3 +540,103 @@ def test_options_that_do_not_go_together(capsys, tmp_path, dense):
     assert "out.rejected.parquet exists" in refused(capsys, *base, *files, "--as_rows", "true")
     own = ["generate", "--model", dense, "--template", "model", "--scenario", "धान"]
     assert "use --template own" in refused(capsys, *own)
+    assert "--batch_size is 0" in refused(capsys, *base, *files, "--batch_size", "0")
+    assert "that to --scenario is printed" in refused(capsys, *base, "--scenario", "धान", "--output", "x.parquet")
+
+
+# ---------------------------------------------------------------------- scenarios as structs
+
+
+def test_a_scenario_as_json(tmp_path, capsys, dense, chat, monkeypatch):
+    struct = {"फसल": "धान", "वर्षा": None, "क्षेत्र": 2.5}
+    text = json.dumps(struct, ensure_ascii=False)
+    assert read_scenario(f" {text}\n") == struct
+    assert read_scenario("धान {पीली}") == "धान {पीली}"
+    path = tmp_path / "scenario.json"
+    path.write_text(text, "utf-8")
+    assert read_scenario(str(path)) == struct
+    path.write_text('"धान"', "utf-8")
+    assert read_scenario(str(path)) == "धान"
+
+    asked = []
+
+    def speak(model, prompts, **_):
+        asked.extend(prompts)
+        return iter([[chat.end_id]])
+
+    monkeypatch.setattr("agri_moe.generation.sample", speak)
+    main(["generate", "--model", str(dense), "--scenario", text])
+    assert asked == [chat.encode_prompt("फसल: धान\nक्षेत्र: 2.5")]
+
+    command = ["generate", "--model", "x", "--scenario"]
+    assert "--scenario is not valid JSON" in refused(capsys, *command, '{"फसल": ')
+    assert "scenario.फसल is a list" in refused(capsys, *command, '{"फसल": ["धान"]}')
+    assert "absent.json cannot be read" in refused(capsys, *command, tmp_path / "absent.json")
+    path.write_text("[1]", "utf-8")
+    assert "scenario.json is a list" in refused(capsys, *command, path)
+    assert "scenario is empty" in refused(capsys, *command, "{}")
+
+
+# ---------------------------------------------------------------------- going on after a kill
+
+
+def without_seconds(path: Path) -> list[dict]:
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in pq.read_table(path).to_pylist()]
+
+
+@pytest.mark.parametrize("how", [[], ["--temperature", "1", "--seed", "3"], ["--as_rows", "true"]])
+def test_a_killed_run_goes_on_where_it_was(dense, scenarios, tmp_path, monkeypatch, how):
+    """The same answers as without the kill, sampled ones too, and no batch is answered twice."""
+    command = ["generate", "--model", str(dense), "--input", str(scenarios), "--max_new_tokens", "6"]
+    command += ["--batch_size", "1", "--device", "cpu", *how, "--output"]
+    whole, killed = tmp_path / "whole.parquet", tmp_path / "killed.parquet"
+    main([*command, str(whole)])
+    assert not (tmp_path / "whole.parquet.partial").exists()
+
+    batches = []
+
+    def dies(*args, **options):
+        batches.append(args)
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+        return sample(*args, **options)
+
+    monkeypatch.setattr("agri_moe.generation.sample", dies)
+    with pytest.raises(KeyboardInterrupt):
+        main([*command, str(killed)])
+    assert not killed.exists()
+    parts = tmp_path / "killed.parquet.partial"
+    assert sorted(path.name for path in parts.iterdir()) == ["000000000.json", "000000001.json", "answers_of.json"]
+    main([*command, str(killed)])
+    assert len(batches) == 4
+    assert without_seconds(killed) == without_seconds(whole)
+    assert not parts.exists()
+    if "--as_rows" in how:
+        rejected = [path.with_suffix(".rejected.parquet") for path in (killed, whole)]
+        assert without_seconds(rejected[0]) == without_seconds(rejected[1])
+
+
+def test_parts_of_another_run_are_refused_by_name(dense, teacher, scenarios, tmp_path, monkeypatch, capsys, no_models):
+    output = tmp_path / "answers.parquet"
+    base = {"--model": dense, "--input": scenarios, "--max_new_tokens": 6, "--batch_size": 2, "--output": output}
+
+    def command(**changes) -> list[str]:
+        options = base | {f"--{name}": value for name, value in changes.items()}
+        return ["generate", *(str(part) for option in options.items() for part in option)]
+
+    with pytest.raises(AssertionError, match="weights were loaded"):  # as good as a kill
+        main(command())
+    other = tmp_path / "other.parquet"
+    pq.write_table(pq.read_table(scenarios).slice(1), other)
+    changes = {"model": teacher, "input": other, "max_new_tokens": 7, "batch_size": 1, "temperature": 0.5, "seed": 1}
+    for name, value in (changes | {"template": "model", "system": "x", "max_thought_tokens": 2}).items():
+        message = refused(capsys, *command(**{name: value}))
+        told = {"system": "input"}.get(name, name)
+        assert f"answers.parquet.partial holds the answers of a run with another --{told}: " in message
+    with pytest.raises(AssertionError, match="weights were loaded"):
+        main(command(device="cpu"))
+
+    handle = os.open(f"{output}.partial", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    assert "is being written by another run" in refused(capsys, *command())
+    os.close(handle)

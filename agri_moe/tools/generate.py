@@ -1,13 +1,15 @@
 """`generate`: answers to scenarios, for reading, or as rows to train on."""
 
+import json
 import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from agri_moe.answering import Asked
     from agri_moe.data.chat import Chat
     from agri_moe.generation import Generated
 
@@ -23,7 +25,11 @@ def generate(
     system: str | None = None,
     template: Literal["own", "model"] = "own",
     max_new_tokens: int = 512,
+    max_thought_tokens: int | None = None,
     temperature: float = 0.0,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    seed: int = 0,
     batch_size: int = 16,
     as_rows: bool = False,
     min_devanagari: float = 0.0,
@@ -33,44 +39,63 @@ def generate(
 ) -> None:
     """Answer a scenario, or a file of scenarios; with `as_rows`, let a teacher write rows to train on.
 
+    One scenario's answer is printed as it comes. Answers to a file are kept batch by batch in OUTPUT.partial/ until the
+    file is complete: killed and started again with the same options, the command goes on where it was.
+
     Example: python main.py generate --model advisor --input scenarios.parquet --output answers.parquet
 
     Args:
         model: Exported folder, hub name, or a run's checkpoint (.ckpt).
-        scenario: One scenario; the answer is printed.
+        scenario: One scenario: text, a struct as JSON such as '{"फसल": "धान", "लक्षण": "पत्तियाँ पीली"}', or a .json file
+            with either. Of a struct, each field is a line `key: value`.
         input: Parquet, JSONL or CSV file with a scenario column (text or a struct).
-        output: Parquet file for the input's rows with generated_thought, generated_advisory, tokens and stop_reason.
+        output: Parquet file for the input's rows, in their order, with generated_thought, generated_advisory, tokens
+            (the end of text included), seconds (of the row's batch, divided by its rows) and stop_reason: end,
+            length (cut off), or thought_budget (ended, after a thought that had to be closed).
         system: Instruction of the rows that bring none; the chat format's own by default.
         template: `own` asks in our chat format, `model` in the model's own chat template with thoughts in <think>.
         max_new_tokens: Answers are cut off after so many tokens.
+        max_thought_tokens: A thought is closed after so many tokens, and the advisory begins; no limit by default.
         temperature: 0 is greedy; otherwise sampling at this temperature.
+        top_p: Sample only among the most probable tokens that together have this probability; by default what the
+            model's generation_config.json says.
+        top_k: Sample only among so many of the most probable tokens, 0 for all; by default likewise, and 50 where that
+            file says nothing (transformers' choice).
+        seed: Of sampling; with the same batch_size, the same seed gives the same answers.
         batch_size: Scenarios that run together.
         as_rows: Write rows to train on (system, scenario, thought, advisory, source) instead: sequence-level
             distillation (Kim & Rush 2016). Rows that do not pass the filters go to OUTPUT.rejected.parquet with the
-            reason: not ended, no thought, no advisory, a line again and again, or one of the next three.
+            reason: not ended, a thought cut short, no thought, no advisory, a line again and again, or one of the next
+            three.
         min_devanagari: With as_rows, least share of an advisory's letters that are Devanagari; 0 takes any.
         min_tokens: With as_rows, fewest tokens of an advisory.
         max_tokens: With as_rows, most tokens of an advisory; no limit by default.
         device: cpu, cuda, or auto.
     """
     filters = Filters(min_devanagari, min_tokens, max_tokens)
-    check(model, scenario, input, output, template, as_rows, filters)
-    rows: list[Row] = [{"scenario": scenario}] if input is None else read(input, unanswered=as_rows)
-    systems = [row.get("system") or system for row in rows]
-    chat, results = answers(model, rows, systems, template, max_new_tokens, temperature, batch_size, device)
+    check(model, scenario, input, output, template, batch_size, as_rows, filters)
+    rows: list[Row] = (
+        [{"scenario": read_scenario(scenario or "")}] if input is None else read(input, unanswered=as_rows)
+    )
+
+    from agri_moe.answering import Asked, Parts, answer_rows
+    from agri_moe.generation import Decoding
+
+    decoding = Decoding(max_new_tokens, max_thought_tokens, temperature, top_p, top_k, seed)
+    asked = Asked(model, rows, [row.get("system") or system for row in rows], template, decoding, batch_size, device)
     if output is None:
-        (result,) = results
-        print(f"विचार: {result.thought}\n\nसलाह: {result.advisory}")
-        if result.stop_reason == "length":
-            print(f"(cut off after {result.tokens} tokens; raise --max_new_tokens)")
-    elif as_rows:
-        made = training_rows(rows, systems, results, chat, f"generated by {model}")
-        reasons = [filters.reason(result, len(chat.encode_text(result.advisory))) for result in results]
-        print(write_rows(output, made, reasons))
-    else:
-        write(output, [row | result.columns() for row, result in zip(rows, results, strict=True)])
-        ended = sum(result.stop_reason == "end" for result in results)
-        print(f"Wrote {len(rows)} answers to {output}; {ended} ended by themselves.")
+        print_answer(asked)
+        return
+    with Parts.of(asked, partial_folder(output)) as parts:
+        chat, results = answer_rows(asked, parts)
+        if as_rows:
+            made = training_rows(rows, asked.systems, results, chat, f"generated by {model}")
+            reasons = [filters.reason(result, len(chat.encode_text(result.advisory))) for result in results]
+            print(write_rows(output, made, reasons))
+        else:
+            write(output, [row | result.columns() for row, result in zip(rows, results, strict=True)])
+            ended = sum(result.stop_reason != "length" for result in results)
+            print(f"Wrote {len(rows)} answers to {output}; {ended} ended by themselves.")
 
 
 @dataclass(frozen=True)
@@ -92,7 +117,8 @@ class Filters:
     def reason(self, answer: "Generated", tokens: int) -> str:
         """Why an answer whose advisory has so many tokens is not used; empty if it is."""
         checks = {
-            "not ended by itself": answer.stop_reason != "end",
+            "not ended by itself": answer.stop_reason == "length",
+            "thought cut short": answer.stop_reason == "thought_budget",
             "no thought": not (answer.thought or "").strip(),
             "no advisory": not answer.advisory.strip(),
             "a line again and again": loops(answer.thought or "") or loops(answer.advisory),
@@ -121,6 +147,7 @@ def check(
     input: str | None,
     output: str | None,
     template: str,
+    batch_size: int,
     as_rows: bool,
     filters: Filters,
 ) -> None:
@@ -129,16 +156,51 @@ def check(
         raise ValueError("give either --scenario TEXT or --input FILE with --output FILE.")
     if input is not None and output is None:
         raise ValueError("--input needs --output FILE for the answers.")
+    if scenario is not None and output is not None:
+        raise ValueError("--output takes the answers to --input FILE; that to --scenario is printed.")
+    if batch_size < 1:
+        raise ValueError(f"--batch_size is {batch_size}: it must be at least 1.")
     if template == "model" and Path(model).suffix == ".ckpt":
         raise ValueError(f"--template model: {model} is a run's checkpoint, trained on our format; use --template own.")
     if as_rows and input is None:
         raise ValueError("--as_rows needs --input FILE with the scenarios and --output FILE for the rows.")
     if not as_rows and filters != Filters():
         raise ValueError("--min_devanagari, --min_tokens and --max_tokens choose rows to train on: add --as_rows true.")
-    if output is not None:
-        for path in (Path(output), rejected_file(output))[: 1 + as_rows]:
-            if path.exists():
-                raise ValueError(f"--output {path} exists; name another file, or move it away.")
+    if output is None:
+        return
+    begun = partial_folder(output).is_dir()  # then rejected rows are those of a run that was killed while it ended
+    for path in (Path(output), *([rejected_file(output)] if as_rows and not begun else [])):
+        if path.exists():
+            raise ValueError(f"--output {path} exists; name another file, or move it away.")
+
+
+def read_scenario(text: str) -> str | Row:
+    """A scenario from the command line: text, or a struct as JSON, or a .json file with either.
+
+    Raises:
+        ValueError: If it is neither, or empty.
+    """
+    from agri_moe.data.chat import render_scenario
+
+    value: Any = text
+    name = "--scenario"
+    try:
+        if text.endswith(".json") and "\n" not in text:
+            name = f"--scenario {text}"
+            value = json.loads(Path(text).expanduser().read_text("utf-8"))
+        elif text.lstrip().startswith("{"):
+            value = json.loads(text)
+    except OSError as error:
+        raise ValueError(f"{name} cannot be read ({error.strerror}); name a JSON file, or give the text.") from error
+    except ValueError as error:
+        raise ValueError(f'{name} is not valid JSON ({error}); give a struct such as {{"crop": "..."}}.') from error
+    if not isinstance(value, str | Mapping):
+        raise ValueError(f'{name} is a {type(value).__name__}; give text or a struct such as {{"crop": "..."}}.')
+    try:
+        render_scenario(value)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}.") from error
+    return value if isinstance(value, str) else dict(value)
 
 
 def read(path: str, unanswered: bool = False) -> list[Row]:
@@ -171,39 +233,34 @@ def read(path: str, unanswered: bool = False) -> list[Row]:
     return rows
 
 
-def answers(
-    model: str,
-    rows: Sequence[Row],
-    systems: Sequence[str | None],
-    template: str,
-    max_new_tokens: int,
-    temperature: float,
-    batch_size: int,
-    device: str,
-) -> "tuple[Chat, list[Generated]]":
-    """Load the model and have it answer every row; also the chat format that was loaded with it."""
-    import torch
-    from tqdm import tqdm
+def print_answer(asked: "Asked") -> None:
+    """Have the model answer the one scenario, and print the answer as it comes."""
+    from concurrent.futures import ThreadPoolExecutor
 
-    from agri_moe.generation import ModelTemplate, generate
-    from agri_moe.models.causal import start_rows
-    from agri_moe.trained import load_trained
+    from agri_moe.answering import load
+    from agri_moe.generation import stream
 
-    network, chat = load_trained(model, "--model")
-    start_rows(network, chat.new_marker_pieces)  # none in a model of ours, all in a teacher that never saw the markers
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    frame = ModelTemplate.load(network, model, chat) if template == "model" else chat
-    prompts = [frame.encode_prompt(row["scenario"], system) for row, system in zip(rows, systems, strict=True)]
-    results = generate(
-        network.to(device),
-        frame,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        batch_size=batch_size,
-    )
-    return chat, list(tqdm(results, total=len(rows), desc="answers", unit="row", disable=len(rows) == 1))
+    network, _, frame = load(asked.model, asked.template, asked.device)
+    (prompt,) = asked.prompts(frame)
+    with ThreadPoolExecutor(max_workers=1) as worker:
+        last = show(stream(network, frame, prompt, worker=worker, **asdict(asked.decoding)))
+    if last.stop_reason == "length":
+        print(f"(cut off after {last.tokens} tokens; raise --max_new_tokens)")
+
+
+def show(answers: "Iterable[Generated]") -> "Generated":
+    """Print an answer as it grows, thought first; returns the whole."""
+    printed = ""
+    for answer in answers:
+        parts = [("विचार", answer.thought or ""), ("सलाह", answer.advisory)]
+        text = "\n\n".join(f"{title}: {part}" for title, part in parts if part or answer.stop_reason)
+        text = text.replace("\x1b", "␛")  # shown, not obeyed
+        # What is printed cannot be taken back: a template's tags that are several tokens look like text at first.
+        if text.startswith(printed):
+            print(text[len(printed) :], end="", flush=True)
+            printed = text
+    print("" if text == printed else f"\n\n{text}")
+    return answer
 
 
 def training_rows(
@@ -222,6 +279,11 @@ def training_rows(
         }
         for row, system, result in zip(rows, systems, results, strict=True)
     ]
+
+
+def partial_folder(output: str) -> Path:
+    """Where answers are until `output` is complete."""
+    return Path(output).with_name(Path(output).name + ".partial")
 
 
 def rejected_file(output: str) -> Path:
@@ -248,7 +310,7 @@ def write(path: str, rows: Sequence[Row], texts: Sequence[str] | None = None) ->
     import pyarrow.parquet as pq
 
     schema = None if texts is None else pa.schema([(name, pa.string()) for name in texts])
-    partial = Path(path).with_name(Path(path).name + ".partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), partial)
-    partial.replace(path)
+    unfinished = Path(path).with_name(f".{Path(path).name}.unfinished")
+    unfinished.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), unfinished)
+    unfinished.replace(path)
