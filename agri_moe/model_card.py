@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 
 from agri_moe.data.chat import Chat
 from agri_moe.data.synthetic import NOTICE
-from agri_moe.reporting import Curve, Record, Row, done, evaluation, facts, introduction
+from agri_moe.reporting import Curve, Record, Row, done, evaluation, facts, introduction, tested
 from agri_moe.tools.generate import devanagari_share
 
 NO_SUBSTITUTE = (
@@ -270,24 +270,11 @@ def _evaluation(record: Record | None) -> str:
 
 def _test(record: Record | None, source: str) -> list[str]:
     """What `test` wrote into the run's folder of this very checkpoint."""
-    path = record.run.folder / "evaluation.json" if record else None
-    if path is None or not path.is_file():
+    found = tested(record) if record else None
+    if found is None or found.checkpoint != Path(source).name:
         return []
-    found = json.loads(path.read_text("utf-8"))
-    if Path(found["checkpoint"]).name != Path(source).name:
-        return []
-    lines = [
-        (
-            name,
-            _number(measure["value"]),
-            " to ".join(map(_number, measure.get("interval_95", ()))),
-            f"{measure['n']:,} {measure['of']}",
-        )
-        for name, measure in found["metrics"].items()
-        if "/layer_" not in name
-    ]
-    head = ("metric", "value", "95% interval", "over")
-    return [f"On the test rows, answers included (`test`):\n\n{_table(head, lines)}"]
+    numbers = _table(("metric", "value", "95% interval", "over"), found.rows)
+    return [f"On the test rows, answers included (`test`):\n\n{numbers}"]
 
 
 def _number(value: float | None) -> str:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import yaml
 from matplotlib.figure import Figure
 
+from agri_moe.evaluation import MEANINGS
 from agri_moe.pictures import (
     draw_attention,
     draw_compared,
@@ -34,6 +35,7 @@ from agri_moe.reporting import (
     say_losses,
     say_routing,
     say_topics,
+    tested,
     warnings,
 )
 from agri_moe.runs import differences, identity, replace_text
@@ -84,6 +86,7 @@ def run_page(record: Record, folder: Path) -> Path:
         _summary(record),
         _losses(record),
         _validation(record),
+        _answers(record),
         _samples(record),
         _cka(record),
         _load(record),
@@ -155,6 +158,16 @@ def _validation(record: Record) -> Section:
         said = ["How the model did before its first step is not recorded: the callback ValidateFirst does that."]
     cells = [(row.metric, _number(row.before), _number(row.after), row.meaning) for row in rows]
     return Section("Validation", said, html=table(cells, ("metric", "before training", "at the end", "what it is")))
+
+
+def _answers(record: Record) -> Section:
+    title, found = "Answers to test rows", tested(record)
+    if found is None:
+        return Section(title, _missing("python main.py test scores what the model answers."))
+    said = [f"Of {found.checkpoint}, which wrote every answer itself; the answers stand in test_answers.jsonl."]
+    cells = [(*row, MEANINGS.get(row[0], "")) for row in found.rows]
+    head = ("metric", "value", "95% interval", "over", "what it is")
+    return Section(title, said, html=table(cells, head))
 
 
 def _number(value: float | None) -> str:

@@ -5,6 +5,7 @@ Shapes: L layers, E experts.
 Nothing here imports torch: a report is read from files.
 """
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -359,6 +360,32 @@ def evaluation(record: Record) -> list[Row]:
             rows.append(Row(metric, METRICS.get(metric, ""), before, curve.last))
     order = list(METRICS)
     return sorted(rows, key=lambda row: order.index(row.metric) if row.metric in order else len(order))
+
+
+class Tested(NamedTuple):
+    """What `test` wrote into a run's folder."""
+
+    checkpoint: str  # file name
+    rows: list[tuple[str, str, str, str]]  # metric, value, 95% interval or nothing, what it is taken over
+
+
+def tested(record: Record) -> Tested | None:
+    """Numbers of the newest `test` of a run, those of single layers left out; None if there was none."""
+    path = record.run.folder / "evaluation.json"
+    if not path.is_file():
+        return None
+    found = json.loads(path.read_text("utf-8"))
+    rows = [
+        (
+            name,
+            f"{measure['value']:.4g}",
+            " to ".join(f"{end:.4g}" for end in measure.get("interval_95", ())),
+            f"{measure['n']:,} {measure['of']}",
+        )
+        for name, measure in found["metrics"].items()
+        if "/layer_" not in name
+    ]
+    return Tested(Path(found["checkpoint"]).name, rows)
 
 
 # ---------------------------------------------------------------------- sentences

@@ -156,6 +156,12 @@ def write_reports(distilled: Path, control: Path) -> None:
         *("similarity", "--source", str(OUTPUT / "distilled"), "--target", str(OUTPUT / "teacher")),
         *("--data", str(VALIDATION), "--group_by", "scenario.फसल", "--output", str(distilled / "similarity")),
     )
+    checkpoint = max((distilled / "checkpoints").glob("*.ckpt"))
+    step(
+        "Score what it answers",
+        *("test", "--config", "configs/demo/distilled.yaml", "--ckpt_path", str(checkpoint)),
+        *("--model.max_new_tokens=160", "--data.tokens_per_batch=30720"),  # 120 answers at a time
+    )
     step("Write the report", "report", "--run", str(distilled))
     step(
         "Compare it with the control",
