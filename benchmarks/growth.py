@@ -1,6 +1,6 @@
 """How time and memory grow: the loss with tokens and vocabulary, a step's body with the number of experts.
 
-    python benchmarks/growth.py [--repeats 5] [--plot docs/growth.png]
+    python benchmarks/growth.py [--repeats 5] [--plot docs/images/growth.png]
 
 The loss is `fused_ce_kl`, CE and KL, forward and backward, float32. Its memory is the peak above the resident size
 before it, in a process of its own, less the two gradients that it returns: what it works in. The body is a Qwen3-MoE
