@@ -17,7 +17,7 @@ demo: $(READY)        ## the main job on embedded data, offline: about 8 minutes
 	$(BIN)/python scripts/demo.py
 
 test: $(READY)        ## the test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: $(READY)       ## lint, format and types
 	$(BIN)/ruff check .
