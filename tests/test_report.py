@@ -72,8 +72,25 @@ def test_a_run_and_its_page(distill_config, corpus, teacher, tmp_path, capsys, m
     main(["report"])
     assert "Report: lightning_logs/version_0/report/index.html" in capsys.readouterr().out
     html = (run / "report" / "index.html").read_text()
-    assert html.count("Not recorded by this run") == 2
+    assert html.count("Not recorded by this run") == 3
     assert "--group_by COLUMN" in html
+    assert "python main.py test scores what the model answers" in html
+
+    found = {
+        "checkpoint": "checkpoints/step=00000006.ckpt",
+        "metrics": {
+            "chrf": {"value": 84.51234, "n": 240, "of": "rows", "interval_95": [83.1, 85.87]},
+            "kl": {"value": 0.0069, "n": 11451, "of": "tokens"},
+            "kl/layer_01": {"value": 1.0, "n": 1, "of": "tokens"},
+        },
+    }
+    (run / "evaluation.json").write_text(json.dumps(found))
+    rows = [("chrf", "84.51", "83.1 to 85.87", "240 rows"), ("kl", "0.0069", "", "11,451 tokens")]
+    assert reporting.tested(reporting.read_record(run)) == ("step=00000006.ckpt", rows)
+    main(["report"])
+    html = (run / "report" / "index.html").read_text()
+    assert html.count("Not recorded by this run") == 2
+    assert "chrF of advisories against references" in html
 
     checkpoint, rows = names[1], corpus / "validation.parquet"
     compare = ["similarity", "--source", checkpoint, "--target", teacher, "--data", rows, "--tokens", 256]
