@@ -87,7 +87,7 @@ def test_a_missing_library_is_named_before_anything_loads(monkeypatch, distill_c
 @pytest.mark.parametrize("name", [EIGHT_BITS, "adafactor"])
 def test_a_resumed_run_ends_bit_for_bit_as_an_undisturbed_one(name, distill_config, tmp_path):
     config = yaml.safe_load(distill_config.read_text())
-    config["model"]["init_args"]["optimizer"]["name"] = name
+    config["model"]["init_args"]["optimizer"] |= {"name": name, "schedule": "inverse_sqrt"}
     config["trainer"] |= {"accumulate_grad_batches": 1, "max_steps": 4, "limit_val_batches": 0}
     config["trainer"]["callbacks"] = config["trainer"]["callbacks"][:1]
     distill_config.write_text(yaml.safe_dump(config))
@@ -102,3 +102,15 @@ def test_a_resumed_run_ends_bit_for_bit_as_an_undisturbed_one(name, distill_conf
 def weights(run: Path) -> dict[str, torch.Tensor]:
     """The student's at the last step."""
     return torch.load(run / "checkpoints" / "step=00000004.ckpt", weights_only=True)["state_dict"]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "values"),
+    [
+        ("cosine", {0: 0.2, 3: 0.8, 4: 1.0, 8: 0.55, 12: 0.1, 20: 0.1}),
+        ("inverse_sqrt", {0: 0.2, 3: 0.8, 4: 1.0, 19: 0.5, 79: 0.25}),  # a quarter of the rate at 16 times the step
+    ],
+)
+def test_the_way_of_the_learning_rate(schedule, values):
+    config = OptimizerConfig(schedule=schedule, final_learning_rate=0.1)
+    assert {step: config.factor(step, warmup=4, total=12) for step in values} == pytest.approx(values)

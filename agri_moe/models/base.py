@@ -33,7 +33,7 @@ from agri_moe.models.causal import CausalModel, Forward
 from agri_moe.models.experts import visits
 from agri_moe.models.sharding import shard
 from agri_moe.models.source import ModelConfig, check_vocabulary
-from agri_moe.models.training import TrainingModule, warmup_cosine
+from agri_moe.models.training import TrainingModule
 from agri_moe.models.upcycle import is_moe
 from agri_moe.objective import Batch, Objective, Plan, Running, Term
 from agri_moe.optimizer import OptimizerConfig
@@ -240,7 +240,7 @@ class LanguageModule(TrainingModule, ABC):
         return dict(self.model.hf.named_parameters()) | dict(self.model.projections.named_parameters("projections"))
 
     def configure_optimizers(self) -> Any:
-        """One optimizer for all stages, over groups of (learning-rate factors, decayed or not); warm-up and cosine.
+        """One optimizer for all stages, over groups of (learning-rate factors, decayed or not).
 
         What no stage trains is in no group. A learning rate is a function of the optimizer step alone, so that a run
         resumes exactly in the middle of a stage.
@@ -263,13 +263,10 @@ class LanguageModule(TrainingModule, ABC):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _schedule(self, peaks: Sequence[float], spans: Sequence[range], step: int) -> float:
-        """Warm-up and cosine over the stage that has this step, times that stage's peak."""
+        """The learning rate's way over the stage that has this step, times that stage's peak."""
         index = stage_at(spans, step)
-        return peaks[index] * warmup_cosine(
-            step - spans[index].start,
-            warmup=self.stages[index].warmup_steps,
-            total=len(spans[index]),
-            final=self.optimizer_config.final_learning_rate,
+        return peaks[index] * self.optimizer_config.factor(
+            step - spans[index].start, warmup=self.stages[index].warmup_steps, total=len(spans[index])
         )
 
     def _stage_spans(self) -> list[range]:

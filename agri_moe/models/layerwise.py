@@ -32,7 +32,7 @@ from agri_moe.models.moe import Assignment, MoE, RoutingKind, RoutingRule
 from agri_moe.models.neurons import Reallocation, move_neurons, plan_move, start_at_random, start_from_dense
 from agri_moe.models.replaced import LayerFiles, expert_width, layer_facts, new_moe
 from agri_moe.models.source import ModelConfig, check_vocabulary
-from agri_moe.models.training import TrainingModule, warmup_cosine
+from agri_moe.models.training import TrainingModule
 from agri_moe.optimizer import OptimizerConfig
 from agri_moe.schedules import RunningMean, Value, bounds, value_at
 
@@ -555,11 +555,9 @@ class LayerwiseModule(TrainingModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _schedule(self, step: int) -> float:
-        config = self.optimizer_config
         step = step % self._layer_steps if self._one_at_a_time else step
-        return warmup_cosine(
-            step, warmup=config.warmup_steps, total=self._layer_steps, final=config.final_learning_rate
-        )
+        warmup = self.optimizer_config.warmup_steps
+        return self.optimizer_config.factor(step, warmup=warmup, total=self._layer_steps)
 
     def configure_gradient_clipping(
         self,

@@ -108,11 +108,3 @@ class TrainingModule(lightning.LightningModule, ABC):
         """
         super().optimizer_step(*args, **kwargs)
         self.zero_grad(set_to_none=True)
-
-
-def warmup_cosine(step: int, *, warmup: int, total: int, final: float) -> float:
-    """Factor on the learning rate: linear from 0 over `warmup` steps, then half a cosine down to `final` at `total`."""
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    progress = min((step - warmup) / max(total - warmup, 1), 1.0)
-    return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2
