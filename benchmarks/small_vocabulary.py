@@ -64,18 +64,18 @@ def cut_tokenizer(definition: dict[str, Any], occurring: set[int]) -> dict[str, 
 
 
 def write_small_tokenizer(
-    source: Path, folder: Path, rows: Sequence[Mapping[str, Any]], chat_format: ChatFormat
+    source: Path, folder: Path, rows: Sequence[Mapping[str, Any] | str], chat_format: ChatFormat
 ) -> Cut:
     """Write a tokenizer folder that holds what the rows need, and check that every row keeps its tokens.
 
     Args:
         source: Folder of the whole tokenizer.
         folder: Folder to write.
-        rows: Chat rows: system, scenario, thought, advisory.
+        rows: Chat rows (system, scenario, thought, advisory), or plain texts.
         chat_format: How they are rendered.
     """
     whole = Chat.load(str(source), chat_format)
-    encoded = [whole.encode(row).input_ids for row in rows]
+    encoded = [_encode(whole, row) for row in rows]
     occurring = {i for ids in encoded for i in ids}
     definition = json.loads((source / "tokenizer.json").read_text("utf-8"))
     backend = Tokenizer.from_str(json.dumps(cut_tokenizer(definition, occurring), ensure_ascii=False))
@@ -85,13 +85,17 @@ def write_small_tokenizer(
     seen: set[str] = set()
     for row, ids in zip(rows, encoded, strict=True):
         tokens = whole.tokenizer.convert_ids_to_tokens(ids)
-        if small.tokenizer.convert_ids_to_tokens(small.encode(row).input_ids) != tokens:
-            raise RuntimeError(f"the small tokenizer splits a row in another way: {row['scenario']!r}.")
+        if small.tokenizer.convert_ids_to_tokens(_encode(small, row)) != tokens:
+            raise RuntimeError(f"the small tokenizer splits a row in another way: {row!r}.")
         seen.update(tokens)
     kept = small.tokenizer.get_vocab()
     cut = Cut(len(whole.tokenizer), len(occurring), len(kept), sorted(kept.keys() - seen))
     (folder / CUT_FILE).write_text(json.dumps(cut._asdict(), ensure_ascii=False))
     return cut
+
+
+def _encode(chat: Chat, row: Mapping[str, Any] | str) -> list[int]:
+    return [*chat.encode_text(row), chat.end_id] if isinstance(row, str) else chat.encode(row).input_ids
 
 
 def read_cut(folder: Path) -> Cut:
