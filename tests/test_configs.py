@@ -4,6 +4,7 @@ from pathlib import Path
 
 import lightning
 import pytest
+import torch
 import yaml
 from lightning.pytorch.cli import LightningCLI
 
@@ -30,6 +31,7 @@ def test_there_are_configs():
         "distill_cached.yaml",
         "layerwise.yaml",
         "compress_moe.yaml",
+        "pretrain.yaml",
     }
 
 
@@ -120,6 +122,23 @@ def test_every_way_of_comparing_runs(dense, teacher, corpus, tmp_path):
         assert cli.trainer.callback_metrics[f"val/{term}"].isfinite()
     assert cli.trainer.callback_metrics["val/diversity/layer_01"].isfinite()
     assert (cli.run.folder / "attention" / "step=00000002.npz").exists()
+
+
+def test_continued_pretraining_runs(dense, corpus, tmp_path):
+    """Adafactor with the inverse root, first for the routers alone, on a column of text."""
+    rows = [arg.replace("max_length", "block_size") for arg in small(corpus, tmp_path)]
+    stages = "[{steps: 1, train: [mlp.gate]}, {}]"
+    options = ["--data.text_column=advisory", "--data.num_proc=1", f"--model.stages={stages}"]
+    validation = ["--trainer.accumulate_grad_batches=1", "--trainer.val_check_interval=2"]
+    config = [f"--config={CONFIGS / 'pretrain.yaml'}", f"--model.network.source={dense}"]
+    cli = main(["fit", *config, *rows, *options, *validation])
+    assert cli.model.stage_index == 1
+    optimizer = cli.trainer.optimizers[0]
+    assert isinstance(optimizer, torch.optim.Adafactor)
+    steps = {name: int(optimizer.state[p]["step"]) for name, p in cli.model.model.hf.named_parameters()}
+    assert set(steps.values()) == {1}  # its state began anew with the second stage
+    for name in ("train/ce", "train/balance", "val/balanced_perplexity"):
+        assert cli.trainer.callback_metrics[name].isfinite()
 
 
 def test_stages_run(dense, teacher, corpus, tmp_path):
