@@ -23,6 +23,7 @@ A finished cell is a JSON file in DIR, as in ablation.py; started again, the scr
 
 import argparse
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -199,7 +200,7 @@ class Continued:
             curve = Curve()
             steps, every = self.setting.steps, self.setting.check_every
             if arm == "dense":  # as long as the mixtures' operations would last it, to the next check
-                steps = -(-round(steps * self.ratio()) // every) * every
+                steps = math.ceil(steps * self.ratio() / every) * every
             self.fit(self.network(arm, seed), self.setting.rate, steps, every, seed, curve)
             return {"curve": curve.points}
 
