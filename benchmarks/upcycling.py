@@ -87,8 +87,9 @@ class Curve(lightning.Callback):
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Keep them."""
-        found = {key.removeprefix("val/"): float(value) for key, value in trainer.callback_metrics.items()}
-        self.points[trainer.global_step] = {name: found[name] for name in MEASURES if name in found}
+        metrics = trainer.callback_metrics.items()
+        found = {name.removeprefix("val/"): float(value) for name, value in metrics if name.startswith("val/")}
+        self.points[trainer.global_step] = found
 
 
 class Continued:
@@ -117,27 +118,36 @@ class Continued:
         config = qwen3(setting.width, setting.layers, setting.inner)
         return config | {"model_type": setting.family, "head_dim": 32}
 
-    def data(self, seed: int) -> TextDataModule:
-        """The documents in the order of a seed."""
+    def data(self, seed: int, train: Path | None = None) -> TextDataModule:
+        """The documents, or those of another file, in the order of a seed."""
         return TextDataModule(
             tokenizer=str(self.tokenizer),
-            train=str(self.files["train"]),
+            train=str(train or self.files["train"]),
             validation=str(self.files["validation"]),
             block_size=self.setting.block_size,
             tokens_per_batch=self.setting.tokens_per_batch,
             seed=seed,
             cache_dir=str(self.output / "cache"),
+            group_by="domain",
         )
 
     def fit(
-        self, network: dict[str, Any], rate: float, steps: int, every: int, seed: int, callback: lightning.Callback
+        self,
+        network: dict[str, Any],
+        data: TextDataModule,
+        callback: lightning.Callback,
+        *,
+        rate: float,
+        steps: int,
+        every: int,
+        seed: int,
     ) -> LanguageModule:
         """Train one model."""
         lightning.seed_everything(seed, verbose=False)
         settings = {"learning_rate": rate, "optimizer": {"warmup_steps": 30, "schedule": "inverse_sqrt"}}
         module = build("pretrain.PretrainModule", {"network": network, "objective": OBJECTIVE} | settings)
         checks = {"val_check_interval": every, "check_val_every_n_epoch": None}
-        trainer(max_steps=steps, callbacks=[callback], **checks).fit(module, datamodule=self.data(seed))
+        trainer(max_steps=steps, callbacks=[callback], **checks).fit(module, datamodule=data)
         return module
 
     # ------------------------------------------------------------------ the dense model
@@ -165,9 +175,9 @@ class Continued:
 
         def train() -> dict[str, Any]:
             plateau = Plateau(patience=2)
-            module = self.fit(
-                {"config": self.shape()}, setting.dense_rate, setting.dense_steps, setting.dense_check_every, 0, plateau
-            )
+            rate, steps, every = setting.dense_rate, setting.dense_steps, setting.dense_check_every
+            network = {"config": self.shape()}
+            module = self.fit(network, self.data(0), plateau, rate=rate, steps=steps, every=every, seed=0)
             module.model.hf.load_state_dict(plateau.weights)
             module.model.hf.save_pretrained(folder)
             module.chat.save(folder)
@@ -201,7 +211,8 @@ class Continued:
             steps, every = self.setting.steps, self.setting.check_every
             if arm == "dense":  # as long as the mixtures' operations would last it, to the next check
                 steps = math.ceil(steps * self.ratio() / every) * every
-            self.fit(self.network(arm, seed), self.setting.rate, steps, every, seed, curve)
+            options = {"rate": self.setting.rate, "steps": steps, "every": every, "seed": seed}
+            self.fit(self.network(arm, seed), self.data(seed), curve, **options)
             return {"curve": curve.points}
 
         return remember(self.output, f"{self.setting.family}_{arm}_{seed}", self.config(arm, seed), train)
