@@ -82,8 +82,8 @@ class Selected:
 
         def train() -> dict[str, Any]:
             data, curve = self.continued.data(seed, self.chosen(way, budget, seed)), Curve()
-            options = {"rate": SETTING.dense_rate, "steps": SETTING.steps, "every": SETTING.check_every, "seed": seed}
-            self.continued.fit({"config": self.continued.shape()}, data, curve, **options)
+            network, steps, every = {"config": self.continued.shape()}, SETTING.steps, SETTING.check_every
+            self.continued.fit(network, data, curve, rate=SETTING.dense_rate, steps=steps, every=every, seed=seed)
             rows = data.rows("train")
             return {"curve": curve.points, "documents": len(rows), "tokens": int(rows.lengths.sum())}
 

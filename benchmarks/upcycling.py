@@ -211,8 +211,8 @@ class Continued:
             steps, every = self.setting.steps, self.setting.check_every
             if arm == "dense":  # as long as the mixtures' operations would last it, to the next check
                 steps = math.ceil(steps * self.ratio() / every) * every
-            options = {"rate": self.setting.rate, "steps": steps, "every": every, "seed": seed}
-            self.fit(self.network(arm, seed), self.data(seed), curve, **options)
+            network, rate = self.network(arm, seed), self.setting.rate
+            self.fit(network, self.data(seed), curve, rate=rate, steps=steps, every=every, seed=seed)
             return {"curve": curve.points}
 
         return remember(self.output, f"{self.setting.family}_{arm}_{seed}", self.config(arm, seed), train)
@@ -233,8 +233,9 @@ class Continued:
         attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim
         matrices = Matrices(body, body, attention, config.vocab_size * config.hidden_size, True)
         length = self.setting.block_size
-        sizes = {"length": length, "teacher_length": 0, "supervised": 1.0, "taught": 0.0}
-        return work(matrices, None, None, recompute=False, **sizes).total
+        return work(
+            *(matrices, None, None), length=length, teacher_length=0, supervised=1.0, taught=0.0, recompute=False
+        ).total
 
     def config(self, arm: str, seed: int) -> dict[str, Any]:
         """What the result of a cell depends on."""
