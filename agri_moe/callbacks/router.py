@@ -61,7 +61,8 @@ class RouterMonitor(lightning.Callback):
         if trainer.global_step == self._seen_step:
             return  # still accumulating
         self._seen_step = trainer.global_step
-        values = self._statistics.compute() if trainer.global_step % self.every_n_steps == 0 else {}
+        due = trainer.global_step % self.every_n_steps == 0 and not getattr(pl_module, "skipped", False)
+        values = self._statistics.compute() if due else {}
         if values:
             for prefix, key in (("router_entropy", "normalized_entropy"), ("expert_balance", "balance")):
                 scalars = {f"{prefix}/layer_{i:02d}": v for i, v in enumerate(values[key].tolist())}

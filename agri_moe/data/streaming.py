@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -43,8 +44,8 @@ from agri_moe.data.packing import (
     place_of,
     step_loader,
 )
-from agri_moe.data.rows import LISTED, Record, Rejected, too_little_aligned, too_long
-from agri_moe.data.sources import RawRow, Shard, Source, find_shards, read_shard
+from agri_moe.data.rows import LISTED, Record, Rejected, Rows, too_little_aligned, too_long
+from agri_moe.data.sources import RawRow, Shard, Source, find_shards, find_sources, read_shard
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -60,6 +61,11 @@ lane that it took from last)."""
 def row_id(shard: int, row: int, record: int) -> int:
     """The id of a record in batches: number of its shard, of its row in the file, and its own in that row."""
     return (shard << 42) + (row << 14) + record
+
+
+def origin(row_id: int) -> tuple[int, int]:
+    """The shard's number, and that of the row in its file, that `row_id` was made of."""
+    return row_id >> 42, (row_id >> 14) & ((1 << 28) - 1)
 
 
 class Spot(NamedTuple):
@@ -479,8 +485,14 @@ class StreamSampler(Sampler[list[MicroBatch]]):
         }
 
 
-class StreamingDataModule(LightningDataModule):
+class StreamingDataModule(LightningDataModule, ABC):
     """A data module that can stream its training rows, and keeps the place in checkpoints."""
+
+    train: str | list[str] | None
+
+    @abstractmethod
+    def rows(self, split: Any) -> Rows:
+        """The usable rows of a split that is not streamed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -495,6 +507,20 @@ class StreamingDataModule(LightningDataModule):
             if self._stream_start is not None:
                 self._stream.starts = [self._stream_start]
         return step_loader(rows, self._stream, num_workers=0)  # the stream has workers of its own
+
+    def origins(self, row_ids: Sequence[int]) -> str:
+        """Files and rows of training rows by their ids in batches, each once; a text's pieces are of one row."""
+        if self._stream is not None:
+            shards = self._stream.stream.shards
+            places = [(shards[shard].source.name, row) for shard, row in map(origin, row_ids)]
+        else:
+            sources = find_sources(self.train, "data.train")
+            found = self.rows("train").table.select_columns(["file", "row"])[list(row_ids)]
+            places = [(sources[file].name, row) for file, row in zip(found["file"], found["row"], strict=True)]
+        by_file: dict[str, list[str]] = {}
+        for file, row in dict.fromkeys(places):
+            by_file.setdefault(file, []).append(str(row))
+        return "; ".join(f"{file} rows {', '.join(rows)}" for file, rows in by_file.items())
 
     def state_dict(self) -> dict[str, Any]:
         """Where a streamed epoch stands; other sources need nothing but the trainer's progress."""

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from agri_moe.data.chat import Chat, Segment
@@ -495,6 +494,8 @@ class LanguageModule(TrainingModule, ABC):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log each term of the finished step, unweighted: its sum over micro-batches and ranks by its count."""
+        if self.skipped:
+            return
         for parameter in self._resting:  # before clipping: it neither moves nor counts in the norm
             parameter.grad = None
         kept = list(self._step_terms.values())
@@ -533,25 +534,21 @@ class LanguageModule(TrainingModule, ABC):
         self.log_dict({f"train/{name}": value for name, value in values.items()}, prog_bar=True)
         self.log_dict({f"train/{name}": value for name, value in told.items()})
 
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: int | float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip, and log the norm before clipping.
+    def clipped_together(self) -> list[list[nn.Parameter]]:
+        """All that the stage in force trains, in an order that does not hang on the optimizer's groups."""
+        resting = {id(parameter) for parameter in self._resting}
+        return [[parameter for parameter in self.model.parameters() if id(parameter) not in resting]]
 
-        Not left to Lightning, which refuses to clip for a fused AdamW under any mixed precision: true of float16, whose
-        gradients are still scaled here (and which `setup` refuses), but not of bfloat16.
-        """
-        if not gradient_clip_val:
-            return
-        parameters = list(self.model.parameters())  # in an order that does not hang on the optimizer's groups
-        if gradient_clip_algorithm == "value":
-            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
-            return
-        norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
-        self.log("train/gradient_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    @property
+    def kind_of_step(self) -> str:
+        """Each stage has an objective of its own."""
+        return f"stage {self.stage_index + 1}"
+
+    def forget_step(self) -> None:
+        """Leave the finished step out, of running means too."""
+        super().forget_step()
+        self._step_terms.clear()
+        self._step_load = None
 
     def learning_rate_now(self) -> float:
         """Learning rate of what has no multiplier."""

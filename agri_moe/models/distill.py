@@ -323,6 +323,16 @@ class DistillModule(LanguageModule):
         self._sampled.append(sampled)
         return sampled.batch
 
+    @property
+    def kind_of_step(self) -> str:
+        """The student's own text is scored by another objective."""
+        return f"{super().kind_of_step}, on policy" if self.writes else super().kind_of_step
+
+    def forget_step(self) -> None:
+        """Leave the finished step out, with the text that the student wrote for it."""
+        super().forget_step()
+        self._sampled.clear()
+
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """One micro-batch: the teacher answers, the student learns."""
         return self.learn(batch, *self.signals(batch, self.objective))

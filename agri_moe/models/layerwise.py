@@ -525,6 +525,8 @@ class LayerwiseModule(TrainingModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the finished step: means over its tokens, and over layers."""
+        if self.skipped:
+            return
         layers = self.indices
         nothing = torch.zeros(7, device=self.device)  # on a rank whose micro-batches were all empty
         sums = torch.stack([self._sums.get(layer, nothing) for layer in layers])
@@ -561,19 +563,20 @@ class LayerwiseModule(TrainingModule):
         warmup = self.optimizer_config.warmup_steps
         return self.optimizer_config.factor(step, warmup=warmup, total=self._layer_steps)
 
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: int | float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip each layer by itself, as in a run of that layer alone."""
-        if not gradient_clip_val:
-            return
-        clip = nn.utils.clip_grad_value_ if gradient_clip_algorithm == "value" else nn.utils.clip_grad_norm_
-        norms = [clip(list(moe.parameters()), gradient_clip_val) for _, moe in self._moes()]
-        if gradient_clip_algorithm != "value":
-            self.log("train/gradient_norm", torch.stack([norm for norm in norms if norm is not None]).mean())
+    def clipped_together(self) -> list[list[nn.Parameter]]:
+        """Each layer by itself, as in a run of that layer alone."""
+        return [list(moe.parameters()) for _, moe in self._moes()]
+
+    @property
+    def kind_of_step(self) -> str:
+        """Of a sequential run each layer has errors of its own size."""
+        return f"layer {self.layer + 1}" if self._one_at_a_time else ""
+
+    def forget_step(self) -> None:
+        """Leave the finished step out, of what experts are judged by too."""
+        super().forget_step()
+        self._sums.clear()
+        self._judged.clear()
 
     # ------------------------------------------------------------------ evaluation
 

@@ -7,7 +7,11 @@ from functools import cached_property
 from typing import Any
 
 import lightning
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from agri_moe.callbacks.numerics import NumericsGuard
 from agri_moe.data.chat import Chat
 
 
@@ -15,7 +19,15 @@ class TrainingModule(lightning.LightningModule, ABC):
     """A module that the command line trains.
 
     Nothing is loaded before `configure_model`; `check` finds what can be found wrong before that.
+
+    Attributes:
+        skipped: Whether the last optimizer step was left out (`callbacks/numerics.py`).
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.skipped = False
+        self._norms: list[Tensor] | None = None  # of the gradients of the step under way
 
     @abstractmethod
     def check(self, chat: Chat) -> None:
@@ -100,6 +112,59 @@ class TrainingModule(lightning.LightningModule, ABC):
         for key in [key for key, result in results.items() if result.meta.name.startswith("train/")]:
             del results[key]
 
+    # ------------------------------------------------------------------ the optimizer step
+
+    def configure_callbacks(self) -> list[lightning.Callback]:
+        """Guard the weights in training, unless the trainer has a guard with settings of its own."""
+        trainer: Any = self.trainer  # whose callbacks Lightning's own annotations do not know
+        guarded = any(isinstance(callback, NumericsGuard) for callback in trainer.callbacks)
+        return [] if guarded or trainer.state.fn != "fit" else [NumericsGuard()]
+
+    @property
+    def kind_of_step(self) -> str:
+        """Steps of one kind have losses that can be compared."""
+        return ""
+
+    @abstractmethod
+    def clipped_together(self) -> list[list[nn.Parameter]]:
+        """The parameters in training, in the groups that each have one gradient norm."""
+
+    def gradient_norms(self) -> list[Tensor]:
+        """The norm of each group's gradients in the finished step, before clipping; measured once, across ranks."""
+        if self._norms is None:
+            self._norms = [gradient_norm(parameters) for parameters in self.clipped_together()]
+        return self._norms
+
+    def forget_step(self) -> None:
+        """Leave the finished step out: let go of its gradients, and of what was gathered to be logged of it.
+
+        The optimizer passes over parameters without a gradient, its own state included; step and schedule go on.
+        """
+        self.zero_grad(set_to_none=True)
+        self._unlog()
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip, and log the norm before clipping, of several groups the mean.
+
+        Not left to Lightning, which refuses to clip for a fused AdamW under any mixed precision: true of float16, whose
+        gradients are still scaled here (and which `setup` refuses), but not of bfloat16.
+        """
+        if not gradient_clip_val or self.skipped:
+            return
+        if gradient_clip_algorithm == "value":
+            for parameters in self.clipped_together():
+                nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+            return
+        norms = self.gradient_norms()
+        for parameters, norm in zip(self.clipped_together(), norms, strict=True):
+            nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+        self.log("train/gradient_norm", torch.stack(norms).mean())
+
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, and let the gradients go.
 
@@ -108,3 +173,10 @@ class TrainingModule(lightning.LightningModule, ABC):
         """
         super().optimizer_step(*args, **kwargs)
         self.zero_grad(set_to_none=True)
+        self._norms = None
+
+
+def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
+    """The Euclidean norm of all gradients, those of pieces on all ranks."""
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm.to(parameters[0].device)
