@@ -1,5 +1,6 @@
 """Steps that are not finite, or jump: left out on every rank, counted, named; the run goes on as without them."""
 
+import json
 import math
 import re
 from pathlib import Path
@@ -14,8 +15,16 @@ from lightning.pytorch.loggers import Logger
 from agri_moe.callbacks.numerics import NumericsGuard
 from agri_moe.cli import main
 from agri_moe.data.chat_data import ChatDataModule
+from agri_moe.models.layerwise import LayerwiseModule
 from agri_moe.models.pretrain import PretrainModule
 from agri_moe.models.source import ModelConfig
+from agri_moe.objective import Objective
+from agri_moe.terms import CrossEntropy
+from agri_moe.trained import load_checkpoint
+from tests.ranks import run_ranks
+from tests.test_cli import scalars
+from tests.test_layerwise import MOVING
+from tests.test_two_ranks import sharded
 
 
 class Spoiled(PretrainModule):
@@ -219,3 +228,77 @@ def test_the_command_line_has_it_by_default_and_resumes_it(distill_config: Path,
     for before, after in zip(*windows, strict=True):
         assert [*after][:4] == [*before]
         assert len(after) == 6
+
+
+SPOIL = """
+import math, torch
+torch.set_num_threads(1)
+from agri_moe.cli import main
+from agri_moe.models.distill import DistillModule
+step = DistillModule.training_step
+
+def training_step(self, batch, batch_idx):
+    out = step(self, batch, batch_idx)
+    if self.global_step in (1, 3) and self.global_rank == 1:
+        out["loss"] = out["loss"] * math.nan
+    return out
+
+DistillModule.training_step = training_step
+main()
+"""
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "sharded"])
+def test_all_ranks_leave_the_same_steps_out(strategy: str, distill_config: Path, tmp_path: Path) -> None:
+    """Only the second rank's loss is not finite."""
+    config = yaml.safe_load(distill_config.read_text())
+    config["trainer"] |= {"max_steps": 5, "precision": "bf16-mixed"}
+    config["trainer"] |= sharded(2) if strategy == "sharded" else {"devices": 2, "strategy": "ddp"}
+    config["trainer"]["callbacks"] = config["trainer"]["callbacks"][:2]
+    distill_config.write_text(yaml.safe_dump(config))
+    run_ranks(["-c", SPOIL, "fit", "--config", str(distill_config)], 2)
+    run = tmp_path / "lightning_logs" / "version_0"
+    logged = scalars(run)
+    assert [value for _, value in logged["train/skipped_steps"]] == [0, 1, 1, 2, 2]
+    assert [step for step, _ in logged["train/ce"]] == [0, 2, 4]
+    assert [step for step, _ in logged["router_entropy/layer_00"]] == [0, 2, 4]
+    assert all(math.isfinite(value) for values in logged.values() for _, value in values)
+    (newest,) = (run / "checkpoints").glob("step=00000005.ckpt")
+    model, _ = load_checkpoint(newest, "--model")
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+
+
+def test_a_layer_wise_run_leaves_steps_out_too(
+    layerwise_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a layer; what experts are judged by stays finite as well."""
+    step = LayerwiseModule.training_step
+
+    def training_step(self: LayerwiseModule, batch: Any, batch_idx: int) -> dict[str, Any]:
+        out = step(self, batch, batch_idx)
+        if self.global_step == 1:
+            out["loss"] = out["loss"] * math.nan
+        return out
+
+    monkeypatch.setattr(LayerwiseModule, "training_step", training_step)
+    with pytest.warns(UserWarning, match="Step 1 is left out"):
+        cli = main(["fit", "--config", layerwise_config(reallocation=MOVING)])
+    assert cli is not None
+    assert all(value.isfinite().all() for value in cli.model.state_dict().values())
+    logged = scalars(tmp_path / "lightning_logs" / "version_0")
+    assert [step for step, _ in logged["train/mse"]] == [0, 2, 3]
+    assert all(math.isfinite(value) for values in logged.values() for _, value in values)
+
+
+def test_a_step_without_anything_to_learn_is_no_fault(corpus: Path, dense: Path, tmp_path: Path) -> None:
+    """Rows without a thought, where only thoughts are to be learned: the loss is 0, and the step counts."""
+    rows = [{"scenario": f"धान {i}", "advisory": "छिड़काव करें।"} for i in range(12)]
+    files = {"train": str(tmp_path / "rows.jsonl"), "validation": str(corpus / "validation.parquet")}
+    Path(files["train"]).write_text("\n".join(json.dumps(row) for row in rows))
+    objective = Objective(ce=CrossEntropy(segments=["thought"]))
+    module = PretrainModule(network=ModelConfig(str(dense)), objective=objective)
+    trainer, watcher = fit(module, data_module(corpus, tmp_path, **files), max_steps=3)
+    assert trainer.global_step == 3
+    assert [metrics["train/ce"] for metrics in watcher.metrics] == [0, 0, 0]
+    assert [metrics["train/skipped_steps"] for metrics in watcher.metrics] == [0, 0, 0]
+    assert all(value.isfinite().all() for value in weights(module).values())
