@@ -332,13 +332,21 @@ def render_scenario(scenario: object) -> str:
     else:
         for key, value in scenario.items():
             if value is not None and not isinstance(value, str | int | float | date):
-                raise ValueError(f"scenario.{key} is a {type(value).__name__}, not text, a number or a date")
+                raise ValueError(
+                    f"scenario.{shown(str(key))} is a {type(value).__name__}, not text, a number or a date"
+                )
         text = usable_text(
             "scenario", "\n".join(f"{key}: {value}" for key, value in scenario.items() if value is not None)
         )
     if text is None:
         raise ValueError("scenario is empty")
     return text
+
+
+def shown(text: str, width: int = 200) -> str:
+    """What a file says, as part of a message: on one line, its control characters not obeyed, not too long."""
+    text = text if text.isprintable() else repr(text)[1:-1]
+    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def chat_template(format: ChatFormat) -> str:

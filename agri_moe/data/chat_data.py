@@ -155,11 +155,24 @@ class ChatDataModule(StreamingDataModule):
             else:
                 self.rows("train")
             self.rows("validation")
+            self._warn_of_shared_scenarios()
         elif stage == "validate":
             self.rows("validation")
         else:
             self.rows("test")
         self.groups("test" if stage in ("test", "predict") else "validation")
+
+    def _warn_of_shared_scenarios(self) -> None:
+        """Says of how many validation rows the scenario is trained on; of a stream, that cannot be known."""
+        if "train" not in self._rows or not len(self._rows["validation"]):
+            return
+        held_out = self._rows["validation"].places
+        shared = int(np.isin(held_out, self._rows["train"].places).sum())
+        if shared:
+            rank_zero_warn(
+                f"data.validation: {shared} of its {len(held_out)} rows have a scenario that data.train has too, so "
+                "that validation will look better than the model is; `preview` names some."
+            )
 
     def rows(self, split: Split) -> Rows:
         """The usable rows of a split, loaded when first asked for."""
@@ -308,7 +321,9 @@ class ChatDataModule(StreamingDataModule):
                 min_aligned=view.min_aligned if view is not None else 0.0,
             )
             reject = functools.partial(skip_streamed, policy=self.bad_rows, listed=self.rejected)
-            self._row_stream = RowStream(self._sources("train"), reader, self.num_workers, reject)
+            self._row_stream = RowStream(
+                self._sources("train"), reader, self.num_workers, reject, self.max_skipped_share
+            )
         return self._row_stream
 
 

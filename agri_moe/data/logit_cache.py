@@ -22,6 +22,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +31,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from agri_moe.data.chat import Chat
+from agri_moe.data.chat import Chat, shown
 from agri_moe.models.checkpoint_files import COMPANIONS, CONFIG, load_config
 from agri_moe.models.litgpt import SETTINGS
 from agri_moe.runs import replace_text
@@ -54,6 +55,7 @@ BLOCK_POSITIONS = 256
 # as long.
 _CODEC = pa.Codec("zstd", compression_level=9)
 
+_LARGEST_BLOCK = 1 << 28  # numbers of one field; a block ends with the row that fills it
 _PIECES, _PIECE = 64, 1 << 16  # of a file of weights: samples, and bytes of each
 
 Kind = Literal["topk", "sampled"]
@@ -127,6 +129,10 @@ def to_arrays(answers: Answers) -> Arrays:
         weights, tail = np.exp(answers.log_probs_NK), np.exp(answers.log_tail_N)
         total = weights.sum(1) + tail
         tail = tail / total
+    # Rounding moves it by a few hundredths; of a file that somebody else made it may be anything.
+    likely = total > 0 if answers.counts_NK is not None else (total > 0.5) & (total < 2)
+    if not likely.all():
+        raise ValueError(f"{KEY}: the probabilities of a row do not add up to 1; make the cache anew.")
     probs = weights / total[:, None]
     # The most probable token goes to the front, and its own place is left as filling.
     is_top = (ids == top[:, None]) & (weights > 0)
@@ -181,8 +187,11 @@ def decode(fields: Mapping[str, Sequence[Any]], kind: Kind, total: int, k: int, 
         fields: Planes by field.
         kind: As written.
         total: Positions of the block.
-        k: Of `topk`, tokens at each.
+        k: Tokens at each, or draws.
         part: Which of the positions are the row's.
+
+    Raises:
+        ValueError: If it cannot be what `encode` gave; damage may show as another exception too.
     """
     positions = _numbers(fields["positions"], total, part).cumsum()
     entropy = (_numbers(fields["entropy"], total, part) * FINE_STEP).astype(np.float32)
@@ -191,12 +200,17 @@ def decode(fields: Mapping[str, Sequence[Any]], kind: Kind, total: int, k: int, 
         every = slice(part.start * k, part.stop * k)
         ids = _numbers(fields["ids"], total * k, every).reshape(n, k).cumsum(1)
         above = _numbers(fields["log_probs"], total * k, every).reshape(n, k)
-        log_probs = -LOG_PROB_STEP * (_numbers(fields["least"], total, part)[:, None] - above)
+        below = _numbers(fields["least"], total, part)[:, None] - above
+        if below.min(initial=0) < 0 or below.max(initial=0) > _LARGEST:
+            raise ValueError("a log-probability is above 0, or too small to be one")
+        log_probs = -LOG_PROB_STEP * below
         tail = _numbers(fields["tail"], total, part)
         log_tail = np.where(tail == _NO_TAIL, -np.inf, -FINE_STEP * tail).astype(np.float32)
         best = np.take_along_axis(ids, top[:, None], 1)[:, 0]
         return Answers(positions, ids, log_probs.astype(np.float32), None, log_tail, entropy, best)
     sizes = _numbers(fields["drawn"], total, slice(0, total))
+    if sizes.max(initial=0) > k:
+        raise ValueError("more tokens than were drawn")
     ends = np.append(0, sizes.cumsum())
     every, own = slice(int(ends[part.start]), int(ends[part.stop])), sizes[part]
     drawn = np.arange(max(own.max(initial=0), 1)) < own[:, None]
@@ -352,10 +366,7 @@ def write_shard(path: Path, kind: Kind, rows: Iterable[tuple[int, Answers]]) -> 
         columns["lengths"].append([len(row.positions_N) for row in answers])
         for name, planes in encode(answers).items():
             columns[name].append(planes)
-    schema = pa.schema(
-        [("rows", pa.list_(pa.uint64())), ("lengths", pa.list_(pa.int32()))]
-        + [(name, pa.list_(pa.binary())) for name in FIELDS[kind]]
-    )
+    schema = _schema(kind)
     batch = pa.record_batch([pa.array(columns[field.name], field.type) for field in schema], schema)
     unfinished = path.with_name(path.name + ".partial")
     with unfinished.open("wb") as file:
@@ -364,6 +375,14 @@ def write_shard(path: Path, kind: Kind, rows: Iterable[tuple[int, Answers]]) -> 
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path)
+
+
+def _schema(kind: Kind) -> Any:
+    """Of a shard; one element of each list is a block."""
+    return pa.schema(
+        [("rows", pa.list_(pa.uint64())), ("lengths", pa.list_(pa.int32()))]
+        + [(name, pa.list_(pa.binary())) for name in FIELDS[kind]]
+    )
 
 
 def _blocks(rows: Iterable[tuple[int, Answers]]) -> Iterator[list[tuple[int, Answers]]]:
@@ -392,7 +411,7 @@ def finish(folder: Path, header: Header, shards: int) -> None:
         path = folder / name
         files[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
         if name.endswith(".arrow"):
-            lengths = _open_shard(path).column("lengths").flatten().to_numpy()
+            lengths = _open_shard(path, header.kind, header.tokens).column("lengths").flatten().to_numpy()
             files[name] |= {"rows": len(lengths), "positions": int(lengths.sum())}
     content = asdict(header) | {"files": files}
     replace_text(folder / UNFINISHED, json.dumps(content, indent=1) + "\n")
@@ -412,14 +431,24 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads((folder / MANIFEST).read_text("utf-8"))
         lacking = sorted(Header.__dataclass_fields__.keys() - content.keys())
-        wrong = "lacks " + lacking[0] if lacking else _wrong_files(content["files"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        wrong = f"cannot be read ({type(error).__name__}: {error})"
+        wrong = "lacks " + lacking[0] if lacking else _wrong_header(content) or _wrong_files(content["files"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        wrong = f"cannot be read ({type(error).__name__}: {shown(str(error))})"
     if wrong:
         raise ValueError(f"{KEY}: {folder / MANIFEST} {wrong}; make the cache anew.")
     if content["format"] != FORMAT:
         raise ValueError(f"{KEY}: {folder} has format {content['format']}, and not {FORMAT}; make the cache anew.")
     return content
+
+
+def _wrong_header(content: Mapping[str, Any]) -> str:
+    """What is wrong with what it says that the answers are; whether that is what a run needs, the run knows."""
+    if content["format"] == FORMAT and content["kind"] not in FIELDS:
+        return f"names the kind {shown(str(content['kind']))}, which is none of {', '.join(FIELDS)}"
+    for name in ("tokens", "vocabulary"):
+        if type(content[name]) is not int or not 1 <= content[name] < 1 << 31:
+            return f"says {name} {shown(str(content[name]))}, which is no number of them"
+    return ""
 
 
 def _wrong_files(files: Mapping[str, Mapping[str, Any]]) -> str:
@@ -432,10 +461,35 @@ def _wrong_files(files: Mapping[str, Mapping[str, Any]]) -> str:
     return ""
 
 
-def _open_shard(path: Path) -> Any:
-    batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
-    batch.validate(full=True)
-    return batch
+@contextmanager
+def _telling(path: Path) -> Iterator[None]:
+    """Says of whatever goes wrong in reading a shard that it is damaged: its checksum may be right all the same."""
+    try:
+        yield
+    except (ArithmeticError, LookupError, MemoryError, OSError, TypeError, ValueError, pa.ArrowException) as error:
+        reason = shown(str(error).strip().splitlines()[0]) if str(error).strip() else type(error).__name__
+        raise ValueError(f"{KEY}: {path} is damaged ({reason.rstrip('.')}); make the cache anew.") from error
+
+
+def _open_shard(path: Path, kind: Kind, tokens: int) -> Any:
+    """The record batch of a shard, mapped, if its columns are what `write_shard` writes, and of a size to be held."""
+    with _telling(path):
+        file = pa.ipc.open_file(pa.memory_map(str(path)))
+        if file.num_record_batches != 1 or file.schema != _schema(kind):
+            raise ValueError("it holds other columns")
+        batch = file.get_batch(0)
+        batch.validate(full=True)
+        if any(column.null_count or column.flatten().null_count for column in batch.columns):
+            raise ValueError("something is missing in it")
+        rows, lengths = batch.column("rows"), batch.column("lengths")
+        if not rows.value_lengths().equals(lengths.value_lengths()):
+            raise ValueError("it has lengths of other rows")
+        if lengths.flatten().to_numpy().min(initial=0) < 0:
+            raise ValueError("a row has a negative length")
+        total = np.bincount(lengths.value_parent_indices().to_numpy(), lengths.flatten().to_numpy())
+        if total.max(initial=0) * tokens > _LARGEST_BLOCK:
+            raise ValueError("a block of it is too large")
+        return batch
 
 
 def _sha256(path: Path) -> str:
@@ -492,7 +546,8 @@ class LogitCache:
             for name, problem in zip(files, threads.map(self._damage, files.items()), strict=True):
                 if problem:
                     raise ValueError(f"{KEY}: {self.folder / name} {problem}; restore it, or make the cache anew.")
-        return [_open_shard(self.folder / name) for name in files if name.endswith(".arrow")]
+        shards = [self.folder / name for name in files if name.endswith(".arrow")]
+        return [_open_shard(path, self.header.kind, self.header.tokens) for path in shards]
 
     def _damage(self, file: tuple[str, Mapping[str, Any]]) -> str:
         name, told = file
@@ -569,8 +624,9 @@ class LogitCache:
 
     def _decode(self, shard: int, block: int, start: int, end: int, total: int) -> Answers:
         batch, kind = self._shards[shard], self.header.kind
-        fields = {name: [plane.as_buffer() for plane in batch.column(name)[block].values] for name in FIELDS[kind]}
-        answers = decode(fields, kind, total, self.header.tokens, slice(start, end))
-        if max(answers.ids_NK.max(initial=0), answers.top_N.max(initial=0)) >= self.header.vocabulary:
-            raise ValueError(f"{KEY}: {self.folder / shard_name(shard)} names a token outside the vocabulary.")
+        with _telling(self.folder / shard_name(shard)):
+            fields = {name: [plane.as_buffer() for plane in batch.column(name)[block].values] for name in FIELDS[kind]}
+            answers = decode(fields, kind, total, self.header.tokens, slice(start, end))
+            if max(answers.ids_NK.max(initial=0), answers.top_N.max(initial=0)) >= self.header.vocabulary:
+                raise ValueError("it names a token outside the vocabulary")
         return answers

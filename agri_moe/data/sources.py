@@ -22,6 +22,8 @@ from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
 
+from agri_moe.data.chat import shown
+
 SUFFIXES = {
     ".parquet": "parquet",
     ".jsonl": "jsonl",
@@ -209,7 +211,7 @@ def check_columns(source: Source, wanted: Mapping[str, str], remedy: str = "") -
     for ours, theirs in wanted.items():
         if theirs not in present:
             raise ValueError(
-                f"{source.name} has no column {theirs}; it has {', '.join(present)}: "
+                f"{source.name} has no column {theirs}; it has {shown(', '.join(present))}: "
                 f"name the right one as {remedy or f'data.columns: {{{ours}: NAME}}'}."
             )
 
@@ -436,4 +438,4 @@ def _read_hub_shard(name: str, start: int, part: int) -> Iterator[RawRow]:
 
 def _first_line(error: Exception) -> str:
     text = str(error).strip()
-    return text.splitlines()[0].rstrip(".:") if text else type(error).__name__
+    return shown(text.splitlines()[0].rstrip(".:")) if text else type(error).__name__

@@ -51,11 +51,12 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 _READ_AHEAD = 128  # rows that a worker has ready
+JUDGED = 1000  # rows of an epoch before which a share of them says little
 
 Cursor = dict[str, Any]
 """A place in a stream, as a checkpoint holds it: {"epoch": e} before its first row; later also `shards` (what they were
-and how they are dealt out), `ranks` and `accumulate` of the run, `lanes` (a `Spot` each) and `last` (of each rank the
-lane that it took from last)."""
+and how they are dealt out), `ranks` and `accumulate` of the run, `lanes` (a `Spot` each), `last` (of each rank the
+lane that it took from last) and `counted` (rows that could not be used, and all rows so far)."""
 
 
 def row_id(shard: int, row: int, record: int) -> int:
@@ -205,13 +206,15 @@ class Share:
         last: The lane that was taken from last; -1 is none.
 
     Attributes:
-        rejected: Rows that cannot be used, since somebody last emptied it.
+        rejected: Rows that cannot be used, since somebody last emptied it; the first of them by name.
+        counted: How many rows cannot be used, and how many there were, since somebody last took the counts back to 0.
     """
 
     def __init__(self, items: Iterator[Item], lanes: Mapping[int, Spot], last: int) -> None:
         self.lanes = dict(lanes)
         self.last = last
         self.rejected: list[Rejected] = []
+        self.counted = (0, 0)
         self._items = items
         self._next: tuple[Item, StreamedRow] | None = None
 
@@ -241,6 +244,8 @@ class Share:
     def _pass(self, item: Item) -> None:
         self.lanes[item.lane] = item.after
         self.last = item.lane
+        skipped, rows = self.counted
+        self.counted = skipped + isinstance(item.what, Rejected), rows + 1
 
 
 @dataclass
@@ -252,6 +257,8 @@ class RowStream:
         reader: How.
         num_workers: Processes of a rank that read and tokenise; with 0 its main process does.
         reject: Told of each row that cannot be used; raises ValueError to stop the run.
+        max_skipped_share: When a larger share of an epoch's rows cannot be used, the run stops. Before the epoch ends,
+            it is judged as if it had had 1,000 rows at least.
 
     Raises:
         ValueError: If the sources hold no rows, or a footer cannot be read.
@@ -261,6 +268,7 @@ class RowStream:
     reader: Reader
     num_workers: int
     reject: Callable[[Rejected], None]
+    max_skipped_share: float = 1.0
     shards: list[Shard] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -273,6 +281,14 @@ class RowStream:
         """SHA-256 of what the meaning of a cursor hangs on."""
         known = (self.shards, self.reader.seed, self.reader.shuffle_buffer)
         return hashlib.sha256(repr(known).encode()).hexdigest()
+
+    def check_skipped(self, skipped: int, rows: int, ended: bool) -> None:
+        """Refuses to go on where too large a share of the rows, of an epoch or so far, cannot be used."""
+        if skipped > self.max_skipped_share * (rows if ended else max(rows, JUDGED)):
+            raise ValueError(
+                f"data.train: {skipped} of {rows} rows cannot be used, more than data.max_skipped_share "
+                f"{self.max_skipped_share:g} allows; the warnings before this name them."
+            )
 
     def check(self, ranks: int) -> None:
         """Refuses sources of which some rank would have no part."""
@@ -334,7 +350,8 @@ def _as_is(item: Any) -> Any:
 class Offer(NamedTuple):
     """What a rank has for the next step, the rows left out on the way, and where its lanes stand before all that.
 
-    `error` ends the run, on all ranks.
+    `counted` is of the rows on the way, those taken included: how many cannot be used, and how many there were. `error`
+    ends the run, on all ranks.
     """
 
     sequences: int
@@ -343,6 +360,7 @@ class Offer(NamedTuple):
     lanes: dict[int, Spot]
     last: int
     rejected: list[Rejected]
+    counted: tuple[int, int]
     error: str
 
 
@@ -428,6 +446,7 @@ class StreamSampler(Sampler[list[MicroBatch]]):
     def _plan(self, cursor: Cursor, place: Place) -> Iterator[tuple[Cursor, list[MicroBatch]]]:
         """Steps of an epoch from a cursor, each with its own cursor, until no rank has anything left."""
         share = self.stream.open(cursor, place.rank, place.world_size)
+        counted = np.array(cursor.get("counted", (0, 0)))
         while True:
             bins, offer = self._fill(share, self.sequences_per_batch * place.accumulate)
             offers = self.agree(offer, place.world_size)
@@ -436,7 +455,9 @@ class StreamSampler(Sampler[list[MicroBatch]]):
                     self.stream.reject(row)
                 if told.error:
                     raise ValueError(told.error)
+            begins_at, counted = counted, counted + np.sum([told.counted for told in offers], axis=0)
             rounds = -(-max(told.sequences for told in offers) // self.sequences_per_batch)
+            self.stream.check_skipped(*counted.tolist(), ended=not rounds)
             if not rounds:
                 return
             totals = StepTotals(
@@ -446,7 +467,7 @@ class StreamSampler(Sampler[list[MicroBatch]]):
             )
             begins = range(0, rounds * self.sequences_per_batch, self.sequences_per_batch)
             plans = [MicroBatch(bins[begin : begin + self.sequences_per_batch], totals) for begin in begins]
-            yield self._cursor(cursor["epoch"], place, offers), plans
+            yield self._cursor(cursor["epoch"], place, offers) | {"counted": begins_at.tolist()}, plans
 
     def _fill(self, share: Share, slots: int) -> tuple[list[list[PackedRow]], Offer]:
         """This rank's sequences of the next step: first-fit until a row fits nowhere; it begins the step after."""
@@ -471,7 +492,8 @@ class StreamSampler(Sampler[list[MicroBatch]]):
         except ValueError as refused:  # raised once every rank knows, or the others would wait for this one
             error = str(refused)
         rejected, share.rejected = share.rejected, []
-        return bins, Offer(len(bins), targets, tokens, before, last, rejected, error)
+        counted, share.counted = share.counted, (0, 0)
+        return bins, Offer(len(bins), targets, tokens, before, last, rejected, counted, error)
 
     def _cursor(self, epoch: int, place: Place, offers: list[Offer]) -> Cursor:
         spots = {lane: spot for told in offers for lane, spot in told.lanes.items()}

@@ -204,7 +204,9 @@ class TextDataModule(StreamingDataModule):
             encode = functools.partial(_encode, self.chat, column=self.text_column, block_size=self.block_size)
             reader = Reader(encode, {self.text_column}, self.block_size, self.seed, self.shuffle_buffer)
             reject = functools.partial(skip_streamed, policy=self.bad_rows, listed=self.rejected)
-            self._row_stream = RowStream(self._sources("train"), reader, self.num_workers, reject)
+            self._row_stream = RowStream(
+                self._sources("train"), reader, self.num_workers, reject, self.max_skipped_share
+            )
         return self._row_stream
 
     def _loader(self, split: str, shuffle: bool) -> DataLoader[Any]:
