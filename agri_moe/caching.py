@@ -289,7 +289,7 @@ class Scribe:
     def write(self) -> None:
         """Make this process's shards, those that are there already left as they are."""
         if self.ranks.rank == 0 and self.data.teacher_view is not None:
-            AutoTokenizer.from_pretrained(self.source).save_pretrained(self.folder / TOKENIZER)
+            AutoTokenizer.from_pretrained(self.source, trust_remote_code=False).save_pretrained(self.folder / TOKENIZER)
         own = self.parts[self.ranks.rank :: self.ranks.world_size]
         total, quiet = sum(part.positions for part in own), self.ranks.rank > 0
         progress = tqdm(total=total, desc=f"cache {self.folder.name}", unit=" positions", disable=quiet)

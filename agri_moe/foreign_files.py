@@ -17,6 +17,8 @@ from typing import Any
 
 import yaml
 
+from agri_moe.data.chat import shown
+
 TABLE = ".metadata"
 """The pickled table of a sharded checkpoint, as `torch.distributed.checkpoint` names it."""
 
@@ -45,7 +47,33 @@ _TEXT = frozenset(
 """Keys of paths, columns and patterns, never imported, that may look like the name of a class (rows.parquet)."""
 
 
-# ---------------------------------------------------------------------- sharded checkpoints
+# ---------------------------------------------------------------------- checkpoints
+
+
+def load_state(path: Path, key: str, **options: Any) -> Any:
+    """What `torch.save` has written, as long as it is tensors and plain values.
+
+    Args:
+        path: The file.
+        key: The option that gave it, for messages.
+        **options: For `torch.load`.
+
+    Raises:
+        ValueError: If it holds anything else, or is damaged.
+    """
+    import torch
+
+    try:
+        return torch.load(path, weights_only=True, **options)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, LookupError) as error:
+        raise ValueError(
+            f"{key}: {path} is not loaded, because it is damaged or could run code ({_first_line(error)}); use a "
+            "checkpoint that a run of yours has saved."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return shown(next(iter(str(error).strip().splitlines()), type(error).__name__)).rstrip(".")
 
 
 class _TableReader(pickle.Unpickler):
@@ -82,10 +110,9 @@ def check_sharded(folder: Path, key: str) -> None:
                 torch.load(io.BytesIO(file.read(length)), map_location="cpu", weights_only=True)
         torch.load(folder / "meta.pt", map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a hostile file can make these readers fail in any way
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
         raise ValueError(
-            f"{key}: {folder} is not loaded, because it is damaged or could run code ({reason}); use a checkpoint that "
-            "a run of yours has saved."
+            f"{key}: {folder} is not loaded, because it is damaged or could run code ({_first_line(error)}); use a "
+            "checkpoint that a run of yours has saved."
         ) from error
 
 
@@ -133,7 +160,7 @@ def check_found_config(config: Path) -> None:
         named = "another config"
     if named is not None:
         raise ValueError(
-            f"{config} was found, not named by you, and names {named}, foreign to {' and '.join(sorted(TRUSTED))}: "
+            f"{config} was found, not named by you, and names {shown(named)}, foreign to {' and '.join(sorted(TRUSTED))}: "
             f"if you trust it, give --config {config}."
         )
 

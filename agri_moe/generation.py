@@ -140,7 +140,7 @@ class ModelTemplate:
     @classmethod
     def load(cls, model: PreTrainedModel, source: str, chat: Chat) -> "ModelTemplate":
         """The template that was published with a model; ValueError says why there is none to use."""
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         ends = model.generation_config.eos_token_id
         ends = tokenizer.eos_token_id if ends is None else ends
         if not tokenizer.chat_template or ends is None:

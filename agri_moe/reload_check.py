@@ -23,9 +23,9 @@ def differences(folder: Path, expected: Path) -> list[str]:
         facts = json.loads(file.metadata()["facts"])
         prompt_BT, logits_BTV, written_BT = (file.get_tensor(name) for name in ("prompt", "logits", "written"))
     torch.set_num_threads(facts["threads"])  # else sums are split otherwise
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     encoded = tokenizer.apply_chat_template(facts["messages"], add_generation_prompt=True, return_dict=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False).eval()
     with torch.inference_mode():
         same = {
             "the chat template gives other token ids": encoded["input_ids"] == prompt_BT[0].tolist(),

@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.initialization import no_init_weights
 
 from agri_moe.data.chat import Chat
-from agri_moe.models.checkpoint_files import is_litgpt, load_config
+from agri_moe.foreign_files import check_sharded, load_state
+from agri_moe.models.checkpoint_files import is_litgpt, load_config, refuse_kernels
 from agri_moe.models.upcycle import fill, stored_placed, unreadable
 from agri_moe.runs import damage
 
@@ -52,7 +53,7 @@ def load_pretrained(
     if not is_litgpt(source):
         if quantization_config is not None:
             options["quantization_config"] = quantization_config
-        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False, **options)
     if quantization_config is not None:
         raise ValueError(f"{source} is a LitGPT checkpoint, which is not quantized on the way: export it first.")
     if reason := unreadable(source):
@@ -83,13 +84,14 @@ def load_checkpoint(path: Path, key: str) -> tuple[PreTrainedModel, Chat]:
     if path.is_dir():
         content = read_sharded(path, {"state_dict"})
     else:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = load_state(path, key, map_location="cpu", mmap=True)
     if "layerwise" in content:
         from agri_moe.models.replaced import load_replaced  # with Lightning, which takes seconds
 
         chat = Chat.load(str(tokenizer))
         return load_replaced(content, path, chat), chat
     config = AutoConfig.for_model(**content["hf_config"])
+    refuse_kernels(config, f"{key}: {path}")
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     state = {name.removeprefix(PREFIX): t for name, t in content["state_dict"].items() if name.startswith(PREFIX)}
@@ -100,20 +102,22 @@ def load_checkpoint(path: Path, key: str) -> tuple[PreTrainedModel, Chat]:
 
 
 def check_intact(path: Path, key: str) -> None:
-    """Refuse a checkpoint that is not as it was saved.
+    """Refuse a checkpoint that is not as it was saved, or that would run code.
 
     Raises:
         ValueError: Naming `key`, the option that gave it.
     """
     if problem := damage(path):
         raise ValueError(f"{key}: {path} {problem}; use another checkpoint of the run.")
+    if path.is_dir():
+        check_sharded(path, key)
 
 
 def read_sharded(path: Path, parts: set[str] | None = None) -> dict[str, Any]:
     """A sharded checkpoint, the folder that FSDP2 saves, as the dictionary that one device saves.
 
     Its pieces are read in this process alone and joined. torch keeps their table as a pickle, which can run code: only
-    for folders whose checksums hold (`check_intact`).
+    for folders that `check_intact` lets pass.
 
     Args:
         path: The folder.
@@ -134,7 +138,7 @@ def check_shardable(path: Path, key: str) -> None:
         ValueError: If it lacks moments of a parameter that the run trains, as it does in the middle of a stage that
             leaves some out; or if it was saved before moments were kept by name.
     """
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    content = load_state(path, key, map_location="cpu", mmap=True)
     for optimizer in content["optimizer_states"]:
         trained = [name for group in optimizer["param_groups"] for name in group["params"]]
         lacking = [name for name in trained if name not in optimizer["state"] or isinstance(name, int)]

@@ -180,7 +180,9 @@ class Chat:
         if not folder.exists() and (tokenizer.startswith((".", "/", "~")) or tokenizer.count("/") > 1):
             raise ValueError(f"tokenizer {tokenizer} does not exist: name a folder with a tokenizer, or a hub name.")
         try:
-            loaded = AutoTokenizer.from_pretrained(str(folder) if folder.exists() else tokenizer)
+            loaded = AutoTokenizer.from_pretrained(
+                str(folder) if folder.exists() else tokenizer, trust_remote_code=False
+            )
         except Exception as error:  # a dozen classes, from OSError to the Rust parser's bare Exception
             why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ValueError(
@@ -188,7 +190,7 @@ class Chat:
             ) from error
         if format is None:
             saved = folder / FORMAT_FILE
-            format = ChatFormat(**json.loads(saved.read_text("utf-8"))) if saved.is_file() else DEFAULT_FORMAT
+            format = _saved_format(saved) if saved.is_file() else DEFAULT_FORMAT
         return cls(loaded, format)
 
     def save(self, folder: str | Path) -> None:
@@ -321,6 +323,21 @@ class Chat:
         if hidden:
             names = ", ".join(sorted(token for token, i in added.items() if i in hidden))
             raise ValueError(f"tokenizer {name} turns the plain text of {names} into control tokens: use another.")
+
+
+def _saved_format(path: Path) -> ChatFormat:
+    """The format that was saved with a tokenizer."""
+    try:
+        options = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: copy it from where the tokenizer was saved.") from error
+    known = {field.name for field in dataclasses.fields(ChatFormat)}
+    if not isinstance(options, dict) or not options.keys() <= known:
+        raise ValueError(f"{path} is no chat format: its keys are {', '.join(sorted(known))}.")
+    wrong = [name for name, value in options.items() if not isinstance(value, str)]
+    if wrong:
+        raise ValueError(f"{path}: {wrong[0]} is no text: copy it from where the tokenizer was saved.")
+    return ChatFormat(**options)
 
 
 def render_scenario(scenario: object) -> str:

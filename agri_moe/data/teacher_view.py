@@ -318,7 +318,7 @@ def _load_tokenizer(source: str, view: str) -> PreTrainedTokenizerFast:
     if folder.exists() and not (folder / "tokenizer.json").is_file():
         raise ValueError(f"{needs} has no tokenizer.json in it: name a folder with a tokenizer, or use view: same.")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder) if folder.exists() else source)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder) if folder.exists() else source, trust_remote_code=False)
     except Exception as error:  # a dozen classes, from OSError to the Rust parser's bare Exception
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{needs} has no tokenizer that can be loaded ({why}); use view: same.") from error

@@ -142,11 +142,30 @@ def load_config(source: str | Path, key: str) -> PreTrainedConfig:
 
         return litgpt.read_config(Path(source).expanduser())
     try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise ValueError(
             f"{key}: {source} is no folder or hub name with a model in it ({_first_line(error)})."
         ) from error
+    refuse_kernels(config, f"{key}: {source}")
+    index = Path(source).expanduser() / INDEX
+    if index.is_file():
+        _files_of(index)
+    return config
+
+
+def refuse_kernels(config: PreTrainedConfig, where: str) -> None:
+    """Refuse a config that names an attention kernel of the hub: transformers would fetch it and run its code.
+
+    Raises:
+        ValueError: Beginning with `where`.
+    """
+    kernel = str(config._attn_implementation)
+    if "/" in kernel:
+        raise ValueError(
+            f"{where} names the attention kernel {kernel}, which is code from the hub: take attn_implementation out of "
+            f"its {CONFIG}."
+        )
 
 
 def _first_line(error: Exception) -> str:
@@ -175,7 +194,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     if is_litgpt(folder):
         return _litgpt_tensors(folder)
     if (folder / INDEX).is_file():
-        files = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
+        files = _files_of(folder / INDEX)
     elif (folder / "model.safetensors").is_file():
         files = ["model.safetensors"]
     else:
@@ -183,6 +202,16 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         reason = f"only {pickled.name}, whose format can run code" if pickled else "no weights"
         raise ValueError(f"{folder} holds {reason}: give a checkpoint saved as safetensors.")
     return {tensor.name: tensor for file in files for tensor in _header(folder / file)}
+
+
+def _files_of(index: Path) -> list[str]:
+    """The files that an index names, none of them outside its folder."""
+    table = read_json(index).get("weight_map")
+    files = list(table.values()) if isinstance(table, dict) else [None]
+    for name in files:
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
+            raise ValueError(f"{index} names {name!r}, which is no file of a checkpoint: write the checkpoint anew.")
+    return sorted(set(files))
 
 
 def _litgpt_tensors(folder: Path) -> dict[str, StoredTensor]:

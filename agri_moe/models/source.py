@@ -44,7 +44,7 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
     """The tokenizer that comes with a model; None if its folder has none."""
     if cached_file(source, "tokenizer.json", _raise_exceptions_for_missing_entries=False) is None:
         return None
-    return AutoTokenizer.from_pretrained(source)
+    return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 
 def untrained_markers(source: str, chat: Chat) -> dict[int, list[int]]:
