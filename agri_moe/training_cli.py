@@ -22,6 +22,7 @@ from agri_moe.callbacks.resume import AtomicCheckpointIO, Checkpoint, RunStatus
 from agri_moe.cli import HelpFormatter, example_of, fail, one_sentence
 from agri_moe.data.chat_data import ChatDataModule
 from agri_moe.evaluation import Row, table
+from agri_moe.foreign_files import check_found_config
 from agri_moe.models.base import LanguageModule, of_all_ranks
 from agri_moe.models.distill import DistillModule
 from agri_moe.models.layerwise import LayerwiseModule
@@ -365,6 +366,7 @@ def with_newest_run(args: Sequence[str]) -> list[str]:
         return args
     root = next((arg.split("=", 1)[1] for arg in args if arg.startswith("--trainer.default_root_dir=")), ".")
     run, checkpoint = newest_checkpoint(Path(root))
+    check_found_config(run.config)
     rank_zero_info(f"Using {checkpoint}.")
     found = ["--config", str(run.config)]
     if not any(arg.split("=")[0] == "--ckpt_path" for arg in args):

@@ -12,6 +12,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 
+from agri_moe.foreign_files import load_state
 from agri_moe.models.base import LanguageModule, parameter_counts
 from agri_moe.runs import MARKER, Lock, Run, mark_complete
 from agri_moe.trained import check_intact, read_sharded
@@ -48,8 +49,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             check_intact(Path(path), "--ckpt_path")
             return read_sharded(Path(path))
         # By name, not by Lightning's function: tensors of more than one part (8-bit moments) know no other way.
-        location: Any = map_location or "cpu"
-        return super().load_checkpoint(path, location, weights_only=True)
+        return load_state(Path(path), "--ckpt_path", map_location=map_location or "cpu")  # type: ignore[no-any-return]
 
     def remove_checkpoint(self, path: Any) -> None:
         """Take the completeness marker away first: what is half removed must not count."""
