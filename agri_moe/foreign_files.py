@@ -160,8 +160,8 @@ def check_found_config(config: Path) -> None:
         named = "another config"
     if named is not None:
         raise ValueError(
-            f"{config} was found, not named by you, and names {shown(named)}, foreign to {' and '.join(sorted(TRUSTED))}: "
-            f"if you trust it, give --config {config}."
+            f"{config}, which was found and not named, names {shown(named)}, which is of no package that it may "
+            f"name ({', '.join(sorted(TRUSTED))}): give --config {config} if you trust it."
         )
 
 
