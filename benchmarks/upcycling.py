@@ -73,7 +73,7 @@ class Setting:
     dense_steps: int = 4000  # at most: it ends at its plateau
     dense_rate: float = 3e-3
     dense_check_every: int = 200
-    steps: int = 500  # of the mixtures
+    steps: int = 400  # of the mixtures
     rate: float = 1e-3
     check_every: int = 100
     whole_vocabulary: bool = False
