@@ -7,19 +7,21 @@ Shapes: P parts (prompt and answer), L layers with experts, E experts.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from agri_moe.data.chat import Segment
 from agri_moe.data.packing import PackedRow, StepTotals, collate
 from agri_moe.losses import routing
-from agri_moe.metrics import balance_score
+from agri_moe.metrics import balance_score, load_by_group
 from agri_moe.models.causal import CausalModel
 
 Array = np.ndarray[Any, Any]
@@ -137,8 +139,37 @@ def expert_use(
     totals = StepTotals(np.zeros((2, len(Segment))), 0, 0)  # of the losses, of which there are none
     batch = collate(rows, totals, max(len(row[0].input_ids) for row in rows), pad_id=0)
     batch = {name: tensor.to(causal.device) for name, tensor in batch.items()}
-    out = causal(batch, batch["row_ids"].flatten()[:0], lambda hidden, head: None)
-    segments_T = batch["segment_ids"].flatten()
-    found = [routing(out.router_logits, causal.top_k, segments_T == segment) for segment in PARTS.values()]
-    sums = (torch.stack([getattr(part, name) for part in found]) for name in ("load_LE", "entropy_L", "tokens"))
+    with choices(causal.routers) as chosen:
+        out = causal(batch, batch["row_ids"].flatten()[:0], lambda hidden, head: None)
+    in_part_PT = torch.stack([(batch["segment_ids"] == segment).flatten() for segment in PARTS.values()])
+    found = [routing(out.router_logits, causal.top_k, in_part_T) for in_part_T in in_part_PT]
+    sums = (
+        load_by_group(torch.stack(chosen), in_part_PT, causal.num_experts).transpose(0, 1),
+        torch.stack([part.entropy_L for part in found]),
+        torch.stack([part.tokens for part in found]),
+    )
     return ExpertUse(np.array(expert_layers(model)), *(value.double().cpu().numpy() for value in sums))
+
+
+@contextmanager
+def choices(routers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """Collect the experts [N, K] that each router chooses for the tokens of one forward pass without gradient.
+
+    Raises:
+        ValueError: If experts choose their tokens, and not tokens their experts.
+    """
+    chosen: list[Tensor] = []
+
+    def keep(router: nn.Module, _: Any, output: tuple[Tensor, ...]) -> None:
+        if len(output) < 3:
+            raise ValueError(
+                "with expert choice a token has no experts of its own: leave data.group_by, or --utilisation, out."
+            )
+        chosen.append(output[2])
+
+    handles = [router.register_forward_hook(keep) for router in routers]
+    try:
+        yield chosen
+    finally:
+        for handle in handles:
+            handle.remove()

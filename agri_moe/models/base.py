@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from agri_moe.data.chat import Chat, Segment
 from agri_moe.evaluation import Evaluation, Measure, Row, score_answers
+from agri_moe.expert_use import choices
 from agri_moe.generation import generate
 from agri_moe.losses import Routing, routing, token_statistics
 from agri_moe.metrics import (
@@ -575,7 +576,8 @@ class LanguageModule(TrainingModule, ABC):
             teacher_head_VD=signal.head_VD if signal else None,
             sparse_teacher=signal.sparse if signal else None,
         )
-        out = self.model(batch, batch["positions"], read, self.plan.student)
+        with choices(self.model.routers if self.val_groups is not None else []) as chosen:
+            out = self.model(batch, batch["positions"], read, self.plan.student)
         self.val_loss.update(out.read.nll_N, batch["segments"])
         if signal is not None:
             self.val_teacher.update(out.read.kl_M, out.read.agree_M)
@@ -587,7 +589,7 @@ class LanguageModule(TrainingModule, ABC):
             counted = torch.isin(batch["segments"], batch["segments"].new_tensor(list(self.val_loss.segments.values())))
             row_T = batch["row_ids"].flatten()
             row_N = row_T[batch["positions"]].where(counted, -1)
-            self.val_groups.update(out.read.nll_N, row_N, self._chosen(out.router_logits), row_T)
+            self.val_groups.update(out.read.nll_N, row_N, torch.stack(chosen) if chosen else None, row_T)
         terms = self.objective.sample_terms(
             out, signal, anchor, routed, batch, plan=self.plan, now=Moment(), running=self.running
         )
@@ -599,12 +601,6 @@ class LanguageModule(TrainingModule, ABC):
             if term.layers is not None and layers:
                 for layer, value in zip(layers, term.layers, strict=True):
                     self._val_term(layer_name(name, layer)).update(value, term.tokens)
-
-    def _chosen(self, router_logits: list[Tensor]) -> Tensor | None:
-        """Experts of each token [L, T, K], by the float32 softmax as transformers chooses; None for a dense model."""
-        if not router_logits:
-            return None
-        return torch.stack([x.float().softmax(-1).topk(self.model.top_k).indices for x in router_logits])
 
     def _sort_rows(self, split: str) -> None:
         """Get ready to tell groups of rows apart, where the data module has any."""
