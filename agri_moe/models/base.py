@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
@@ -609,8 +610,11 @@ class LanguageModule(TrainingModule, ABC):
         if groups is None:
             self.val_groups = None
             return
-        of_row = torch.from_numpy(groups.of_row)
-        metric = GroupRouting(groups.names, of_row, len(self.model.routers), self.model.num_experts)
+        names, of_row = list(groups.names), torch.from_numpy(groups.of_row)
+        if any(isinstance(logger, MLFlowLogger) for logger in self.trainer.loggers):
+            # It drops letters that are not plain: two Hindi names would be one curve.
+            names = [name if name.isascii() else f"{number} {name}" for number, name in enumerate(names)]
+        metric = GroupRouting(names, of_row, len(self.model.routers), self.model.num_experts)
         self.val_groups = metric.to(self.device)
 
     def _val_term(self, name: str) -> TermMean:
