@@ -21,9 +21,7 @@ class Routing(NamedTuple):
     tokens: Tensor  # 0-d float32: valid tokens
 
 
-def routing(
-    router_logits: Sequence[Tensor], top_k: int, valid_N: Tensor, load_LE: Tensor | None = None
-) -> Routing:
+def routing(router_logits: Sequence[Tensor], top_k: int, valid_N: Tensor, load_LE: Tensor | None = None) -> Routing:
     """Summarise the router logits of one forward pass, in float32 and without waiting for the device.
 
     Args:
@@ -82,3 +80,16 @@ def balance_loss(routing: Routing) -> Tensor:
     """
     share_LE = routing.wanted_LE / routing.wanted_LE.sum(-1, keepdim=True).clamp(min=1.0)
     return routing.wanted_LE.shape[-1] * (share_LE * routing.probability_LE).sum(-1)
+
+
+def max_violation(load_LE: Tensor) -> Tensor:
+    """How far the busiest expert is above the mean load, over the mean: MaxVio of Wang et al. 2024 (arXiv:2408.15664).
+
+    Args:
+        load_LE: Assignments per expert.
+
+    Returns:
+        The mean over layers, 0-d: 0 at balance, E / K - 1 when collapsed; 0 where there is no load.
+    """
+    mean_L = load_LE.mean(-1)
+    return ((load_LE.amax(-1) - mean_L) / mean_L.where(mean_L > 0, 1.0)).mean()
