@@ -14,6 +14,7 @@ from test_cli import refused, scalars
 from test_experts import moe
 from test_sharding import on_ranks
 from test_shared_core import shared_core
+from test_two_ranks import launch, sharded
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -23,7 +24,7 @@ from agri_moe.models.causal import CausalModel
 from agri_moe.models.routing import Routers, RoutingConfig, kept_routing
 from agri_moe.models.sharding import shard
 from agri_moe.schedules import Schedule
-from agri_moe.trained import load_checkpoint
+from agri_moe.trained import load_checkpoint, read_sharded
 
 N, E, K, D = 24, 4, 2, 32
 VALID = torch.tensor([i for i in range(N) if i % 6 != 5])
@@ -358,8 +359,9 @@ def pretrain(distill_config, tmp_path):
     callbacks = [c for c in config["trainer"]["callbacks"] if c["class_path"].endswith(kept)]
     config["trainer"] |= {"callbacks": callbacks, "max_steps": 4, "val_check_interval": 4}
 
-    def write(name: str, routing: dict[str, Any], dense: bool = False, **trainer: Any) -> str:
+    def write(name: str, routing: dict[str, Any], dense: bool = False, tokens: int = 1024, **trainer: Any) -> str:
         own = copy.deepcopy(config)
+        own["data"]["init_args"]["tokens_per_batch"] = tokens  # of each rank
         own["trainer"] |= {"default_root_dir": str(tmp_path / name)} | trainer
         own["model"]["init_args"]["routing"] = routing
         if dense:
@@ -439,6 +441,23 @@ def without_bias(checkpoint: Path) -> Any:
     hf = AutoModelForCausalLM.from_config(AutoConfig.for_model(**content["hf_config"]))
     hf.load_state_dict(state)
     return hf
+
+
+def test_two_ranks_move_the_bias_as_one_does(pretrain, tmp_path, capsys):
+    """Loads are summed over ranks and micro-batches; and a sharded checkpoint keeps the bias too."""
+    routing = {"bias_update_rate": 0.002, "temperature": 0.5}
+    one = main(["fit", "--config", pretrain("one", routing, tokens=1024)])
+    launch(Path(pretrain("two", routing, tokens=512, **sharded(2))))
+    run = tmp_path / "two" / "lightning_logs" / "version_0"
+    saved = run / "checkpoints" / "step=00000004.ckpt"
+    bias = read_sharded(saved, {"state_dict"})["state_dict"]["model.routing.bias_LE"]
+    assert one.model.model.routing.bias_LE.any()
+    assert torch.equal(bias, one.model.model.routing.bias_LE)
+    expected, logged = scalars(one.run.folder), scalars(run)
+    for tag in ("train/ce", "train/max_violation", "val/ce", "val/balance_score"):
+        assert [v for _, v in logged[tag]] == pytest.approx([v for _, v in expected[tag]], rel=2e-3), tag
+    told = refused(capsys, "export", "--checkpoint", str(saved), "--output", str(tmp_path / "out"))
+    assert "its routers choose by a bias" in told
 
 
 def test_temperature_and_an_annealed_bias_leave_a_stock_model(pretrain, tmp_path):

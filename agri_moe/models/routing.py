@@ -137,13 +137,13 @@ class Routers(nn.Module):
         self.config = config
         self.rule = RoutingRule(config.kind, gate.top_k, config.capacity_factor, config.drop)
         self.num_experts: int = gate.num_experts
-        self.noise_scale = 0.0
         self.temperature: Tensor
         # Not in the default type, which Lightning's bf16-true sets while it builds.
         self.register_buffer("temperature", torch.ones((), dtype=torch.float32), persistent=saved)
         biases = torch.zeros(len(blocks), self.num_experts, dtype=torch.float32) if config.bias_update_rate else None
         self.bias_LE: Tensor | None
         self.register_buffer("bias_LE", biases, persistent=saved)
+        self.begin_step(0)  # for what is validated before training
         self._asked: Tensor | None = None  # positions of the pass that is about to begin
         self._positions_N: Tensor | None = None  # of the last pass, which the backward pass may run again
         self._loads: dict[int, Tensor] | None = None
@@ -161,7 +161,7 @@ class Routers(nn.Module):
     # ------------------------------------------------------------------ a training run
 
     def begin_step(self, step: int) -> None:
-        """Take on what the schedules say of this optimizer step of the run."""
+        """Take on what the schedules say of this optimizer step of the run, counted from 0."""
         self.temperature.fill_(value_at(self.config.temperature, step))
         self.noise_scale = value_at(self.config.noise_scale, step)
 
