@@ -11,7 +11,9 @@ import pytest
 import torch
 import yaml
 from test_cli import refused, scalars
+from test_distill import SPEC, SUMS, make_module, totals
 from test_experts import moe
+from test_representation import HostReads
 from test_sharding import on_ranks
 from test_shared_core import shared_core
 from test_two_ranks import launch, sharded
@@ -19,6 +21,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from agri_moe.cli import main
+from agri_moe.data.packing import collate
 from agri_moe.losses import max_violation
 from agri_moe.models.causal import CausalModel
 from agri_moe.models.routing import Routers, RoutingConfig, kept_routing
@@ -36,7 +39,7 @@ WAYS = {
     "drop": RoutingConfig(drop=True, capacity_factor=0.8),
     "noise and drop": RoutingConfig(drop=True, capacity_factor=1.0, noise="gaussian", noise_scale=0.5),
     "bias": RoutingConfig(bias_update_rate=0.1),
-    "bias, noise and drop": RoutingConfig(bias_update_rate=0.1, noise="gumbel", drop=True),
+    "bias, noise and drop": RoutingConfig(bias_update_rate=0.1, noise="gumbel", drop=True, capacity_factor=0.9),
     "expert choice": RoutingConfig(kind="expert_choice", capacity_factor=0.75),
     "expert choice with noise": RoutingConfig(kind="expert_choice", noise="gaussian", noise_scale=0.3),
 }
@@ -272,6 +275,22 @@ def test_checkpointing_draws_the_same_noise_again(name):
         found.append([out.read.detach(), *out.loads, *(p.grad for p in hf.parameters())])
         assert len(out.loads) == 2
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("name", ["bias, noise and drop", "expert choice with noise"])
+def test_the_host_never_waits_for_the_device(name, chat, rows, dense, teacher):
+    module = make_module(chat, dense, teacher, SUMS, routing=WAYS[name])
+    batch = module.on_before_batch_transfer(collate([rows], totals(chat, rows, 1), 2048, chat.pad_id), 0)
+    with HostReads() as reads:
+        out = module.training_step(batch, 0)
+        out["loss"].backward()
+    assert [seen for seen in reads.seen if "losses/logits.py" not in seen] == []
+    tokens = sum(len(row.input_ids) for row in rows)
+    assert out["routing"].tokens == tokens
+    assert torch.equal(out["routing"].wanted_LE.sum(-1), torch.tensor([2.0 * tokens] * 2))
+    load_L = out["routing"].load_LE.sum(-1)
+    assert (load_L <= 1.25 * 2 * tokens + SPEC.num_experts).all()
+    assert ((load_L < 2 * tokens) == WAYS[name].drop).all()
 
 
 # ---------------------------------------------------------------------- the bias

@@ -251,8 +251,11 @@ class Routers(nn.Module):
         assignment = assign(own_NE, self.rule, self._noise(own_NE, block.training))
         if self._loads is not None:
             self._loads[layer] = assignment.load_E.float().expand(2, -1)
+        experts_A = torch.arange(self.num_experts, device=x_ND.device).repeat_interleave(
+            len(assignment.token_A) // self.num_experts  # places of one expert, as many for each
+        )
         weighted_AD = block.experts(
-            own_ND[assignment.token_A], assignment.experts[:, None], assignment.weight_A[:, None].to(x_ND.dtype)
+            own_ND[assignment.token_A], experts_A[:, None], assignment.weight_A[:, None].to(x_ND.dtype)
         )
         answer_ND = torch.zeros_like(own_ND).index_add(0, assignment.token_A, weighted_AD.to(x_ND.dtype))
         if places is not None:
