@@ -530,6 +530,17 @@ def test_routers_that_are_not_known_are_refused():
         NEUTRAL.check(other, "model.network")
 
 
+def test_a_checkpoint_of_other_routing_begins_afresh_or_is_told(chat, dense, teacher):
+    biased, stock = (make_module(chat, dense, teacher, SUMS, routing=config) for config in (WAYS["bias"], None))
+    checkpoint = {"state_dict": stock.state_dict()}
+    biased.on_load_checkpoint(checkpoint)
+    assert not checkpoint["state_dict"]["model.routing.bias_LE"].any()
+    biased.load_state_dict(checkpoint["state_dict"])
+    with pytest.warns(UserWarning, match=r"the checkpoint was trained with model\.routing"):
+        stock.on_load_checkpoint(checkpoint)
+    stock.load_state_dict(checkpoint["state_dict"])
+
+
 def test_mistakes_are_told_before_anything_is_loaded(pretrain, capsys, no_models):
     told = refused(capsys, "fit", "--config", pretrain("dense", {}, dense=True))
     assert "model.routing is about experts, and model.network has none" in told

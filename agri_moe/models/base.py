@@ -338,6 +338,11 @@ class LanguageModule(TrainingModule, ABC):
                     f"the checkpoint lacks {lacking[0]}, which objective.hidden trains: keep objective.hidden.layers "
                     "as the run had it, or set objective.hidden.weight: 0."
                 )
+            if prefix == "model.routing." and theirs - fits:
+                rank_zero_warn(
+                    "the checkpoint was trained with model.routing, parts of which this config leaves out: temperature "
+                    "and biases of its routers are not what they were."
+                )
             for name in theirs - fits:
                 del state[name]
             state.update({name: t for name, t in ours.items() if name not in fits})
