@@ -28,12 +28,16 @@ from agri_moe.expert_use import ExpertUse, expert_layers, expert_use
 from agri_moe.generation import Decoding, Generated, ModelTemplate, generate
 from agri_moe.models.causal import start_rows
 from agri_moe.models.checkpoint_files import load_config
+from agri_moe.models.routing import kept_routing
 from agri_moe.models.upcycle import is_moe
 from agri_moe.runs import MARKER, replace_text
 from agri_moe.trained import load_trained
 
 HEADER = "answers_of.json"
-NO_EXPERTS = "--utilisation: {} has no experts as transformers has them, so there is nothing to tell; leave it out."
+NO_EXPERTS = (
+    "--utilisation: {} has no experts that tokens choose (it is dense, or its experts choose), so there is nothing to "
+    "tell; leave it out."
+)
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ def load(
     if utilisation and Path(model).suffix != ".ckpt" and not is_moe(load_config(model, "--model")):
         raise ValueError(NO_EXPERTS.format(model))
     network, chat = load_trained(model, "--model")
-    if utilisation and not expert_layers(network):
+    if utilisation and (not expert_layers(network) or kept_routing(network) == "expert_choice"):
         raise ValueError(NO_EXPERTS.format(model))
     start_rows(network, chat.new_marker_pieces)  # none in a model of ours, all in a teacher that never saw the markers
     frame = ModelTemplate.load(network, model, chat) if template == "model" else chat

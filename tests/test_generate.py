@@ -780,7 +780,7 @@ def test_a_killed_run_still_tells_the_experts_of_all_its_answers(mixture, scenar
 
 def test_a_dense_model_has_no_experts_to_tell(dense, scenarios, tmp_path, capsys, no_models):
     options = ["--input", scenarios, "--output", tmp_path / "a.parquet", "--utilisation", tmp_path / "use.npz"]
-    assert "has no experts as transformers has them" in refused(capsys, "generate", "--model", dense, *options)
+    assert "has no experts that tokens choose" in refused(capsys, "generate", "--model", dense, *options)
 
 
 def test_the_table_of_many_experts_names_the_busiest():
