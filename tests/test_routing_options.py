@@ -187,6 +187,27 @@ def by_hand_with_graph(hf: Any, hidden: torch.Tensor, chosen: list[list[int]], c
     return out
 
 
+@pytest.mark.parametrize("name", ["bias, noise and drop", "expert choice with noise"])
+def test_a_batch_without_tokens_and_a_router_that_is_certain(name):
+    """The last micro-batches of an epoch may be empty; and a bias may choose experts of probability 0."""
+    hf, _ = routed(NEUTRAL)
+    hf.config._experts_implementation = "grouped_mm"
+    routers = Routers(hf, WAYS[name])
+    block = hf.model.layers[0].mlp
+    answers, load = ask(hf, routers, torch.randn(6, D), torch.arange(0))
+    assert not load.any()
+    answers.sum().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in block.parameters())
+    if routers.bias_LE is not None:
+        with torch.no_grad():
+            block.gate.weight *= 1e4
+            routers.bias_LE.copy_(torch.tensor([[-2.0, -2.0, 2.0, 2.0]] * 2))
+    answers, load = ask(hf, routers, torch.randn(N, D))
+    answers.sum().backward()
+    assert torch.isfinite(answers).all()
+    assert all(torch.isfinite(p.grad).all() for p in block.parameters())
+
+
 def test_capacity_by_hand():
     """Four tokens that all want the first of two experts, which has room for two: the surer ones keep it."""
     sizes = {"hidden_size": D, "moe_intermediate_size": 48, "num_hidden_layers": 1, "num_experts": 2}

@@ -111,7 +111,7 @@ class LanguageModule(TrainingModule, ABC):
         self._step_load: Tensor | None = None  # [L, E] assignments of the step's micro-batches
         self._answered: list[Row] = []  # rows of a test with the model's answers
         self._step_terms: dict[str, Tensor] = {}
-        self._step_loads: Tensor | None = None  # of the routers, by layer; see `Routers.end_pass`
+        self._routed_loads: Tensor | None = None  # of the routers, by layer; see `Routers.end_pass`
         self._spans: list[range] | None = None  # of the stages, while fitting
         self._entered: int | None = None
         self._resting: list[Tensor] = []
@@ -533,7 +533,7 @@ class LanguageModule(TrainingModule, ABC):
         """Add up total, tokens and layers of each term, and the routers' loads, over the micro-batches of a step."""
         if loads:
             loads_L2E = torch.stack(list(loads))
-            self._step_loads = loads_L2E if self._step_loads is None else self._step_loads + loads_L2E
+            self._routed_loads = loads_L2E if self._routed_loads is None else self._routed_loads + loads_L2E
         for name, term in terms.items():
             parts = [term.total.detach().float()[None], term.tokens.float()[None]]
             sums = torch.cat(parts if term.layers is None else [*parts, term.layers.float()])
@@ -577,10 +577,10 @@ class LanguageModule(TrainingModule, ABC):
 
     def _end_routing_step(self) -> None:
         """Log what the routers did in the finished step, and let them learn from its loads."""
-        if self.model.routing is None or self._step_loads is None:
+        if self.model.routing is None or self._routed_loads is None:
             return
-        chosen_LE, worked_LE = self.trainer.strategy.reduce(self._step_loads, reduce_op="sum").unbind(1)
-        self._step_loads = None
+        chosen_LE, worked_LE = self.trainer.strategy.reduce(self._routed_loads, reduce_op="sum").unbind(1)
+        self._routed_loads = None
         values = {"router_temperature": self.model.routing.temperature, "max_violation": max_violation(chosen_LE)}
         if self.model.routing.rule.drop:
             values["dropped"] = 1 - worked_LE.sum() / chosen_LE.sum().clamp(min=1)

@@ -79,9 +79,9 @@ def assign(logits_NE: Tensor, rule: RoutingRule, noise_NE: Tensor | None = None)
         score_NE = choice_NE.softmax(-1)
         slots_EC = score_NE.topk(rule.capacity(*logits_NE.shape), dim=0).indices.T
         taken_NE = torch.zeros_like(p_NE, requires_grad=False).scatter_(0, slots_EC.T, 1.0)
-        return _by_slots(slots_EC, _normalised(p_NE * taken_NE), taken_NE)
+        return _by_slots(slots_EC, normalised(p_NE * taken_NE), taken_NE)
     experts_NK = choice_NE.topk(rule.top_k, dim=-1).indices
-    weights_NK = _normalised(p_NE.gather(1, experts_NK))
+    weights_NK = normalised(p_NE.gather(1, experts_NK))
     if not rule.drop:
         experts_A, order_A = experts_NK.flatten().sort(stable=True)
         # Not `bincount`, which asks the device for the largest value.
@@ -110,7 +110,8 @@ def within_capacity(score_NE: Tensor, experts_NK: Tensor, capacity: int) -> tupl
     return slots_EC, torch.zeros_like(wanted_NE).scatter_(0, slots_EC.T, 1.0) * wanted_NE
 
 
-def _normalised(weights: Tensor) -> Tensor:
+def normalised(weights: Tensor) -> Tensor:
+    """Weights [..., K] over their sum; zeros where that is 0."""
     total = weights.sum(-1, keepdim=True)
     return weights / total.where(total > 0, 1.0)
 

@@ -19,7 +19,7 @@ from transformers import MixtralConfig, PreTrainedConfig, PreTrainedModel, Qwen3
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 from agri_moe.data.chat import Segment
-from agri_moe.models.moe import RoutingKind, RoutingRule, assign, within_capacity
+from agri_moe.models.moe import RoutingKind, RoutingRule, assign, normalised, within_capacity
 from agri_moe.models.upcycle import is_moe
 from agri_moe.schedules import Value, bounds, value_at
 
@@ -222,7 +222,7 @@ class Routers(nn.Module):
         weights_NK = p_NE.gather(1, experts_NK)
         mixtral = isinstance(gate, MixtralTopKRouter)
         if mixtral or gate.norm_topk_prob:
-            weights_NK = weights_NK / weights_NK.sum(-1, keepdim=True)
+            weights_NK = normalised(weights_NK)  # a bias may choose those whose probabilities have become 0
         kept_NK = torch.ones_like(score_NE).gather(1, experts_NK)
         if self.rule.drop and gate.training:
             kept_NK = self._kept(score_NE, experts_NK)
