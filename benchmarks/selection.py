@@ -35,6 +35,7 @@ from agri_moe.data.chat import Chat
 OUTPUT = Path(__file__).parent / "output" / "selection"
 WAYS = ("random", "highest", "strata")
 SETTING = Setting(width=64, inner=192, layers=2, dense_rate=3e-3, steps=300, check_every=50)
+POOL = ("first", "second")
 DOMAINS = ("plant_disease", "soil", "news_hi", "passages_hi")
 
 
@@ -59,13 +60,14 @@ class Selected:
             self._draw(file, budget, seed)
             return file
         options = ["--group_by", "domain", "--budget_in", "tokens", "--within", way]
-        files = ["--input", str(self.continued.files["train"]), "--output", str(file)]
+        pool = [arg for part in POOL for arg in ("--input", str(self.continued.files[part]))]
+        files = [*pool, "--output", str(file)]
         main(["select", *files, "--budget", f"{budget}%", "--tokenizer", str(self.continued.tokenizer), *options])
         return file
 
     def _draw(self, file: Path, budget: int, seed: int) -> None:
         """Documents in a random order, until the budget is spent."""
-        documents = pq.read_table(self.continued.files["train"]).to_pylist()
+        documents = [one for part in POOL for one in pq.read_table(self.continued.files[part]).to_pylist()]
         chat = Chat.load(str(self.continued.tokenizer))
         tokens = [len(chat.encode_text(document["text"])) for document in documents]
         order = list(range(len(documents)))

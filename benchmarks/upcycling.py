@@ -4,8 +4,8 @@
     python benchmarks/upcycling.py --full_vocabulary         the main result at Qwen3's whole vocabulary
     python benchmarks/upcycling.py --table                   print what is there, train nothing
 
-A small dense model is trained on real text (see real_text.py) until its held-out loss falls no further. From there on
-all go on with the same documents in the same order, at the same learning rate:
+A small dense model is trained on one half of the real text (see real_text.py) until its held-out loss falls no
+further. From there on all go on with the other half, in the same order and at the same learning rate:
 
     dense      the dense model itself
     naive      eight copies of each FFN, top-2, a random router (Komatsuzaki et al. 2023)
@@ -73,7 +73,7 @@ class Setting:
     dense_steps: int = 4000  # at most: it ends at its plateau
     dense_rate: float = 3e-3
     dense_check_every: int = 200
-    steps: int = 500  # of the mixtures
+    steps: int = 400  # of the mixtures
     rate: float = 1e-3
     check_every: int = 100
     whole_vocabulary: bool = False
@@ -107,7 +107,7 @@ class Continued:
         if not self.small.exists():
             partial = self.small.with_name("small_tokenizer.partial")
             partial.mkdir(parents=True, exist_ok=True)
-            texts = [document["text"] for split in self.files for document in documents(split)]
+            texts = [document["text"] for part in self.files for document in documents(part)]
             write_small_tokenizer(DATA / "qwen3-0.6b", partial, texts, DEFAULT_FORMAT)
             partial.rename(self.small)
         self.tokenizer = DATA / "qwen3-0.6b" if setting.whole_vocabulary else self.small
@@ -118,11 +118,11 @@ class Continued:
         config = qwen3(setting.width, setting.layers, setting.inner)
         return config | {"model_type": setting.family, "head_dim": 32}
 
-    def data(self, seed: int, train: Path | None = None) -> TextDataModule:
-        """The documents, or those of another file, in the order of a seed."""
+    def data(self, seed: int, train: Path) -> TextDataModule:
+        """The documents of a file in the order of a seed."""
         return TextDataModule(
             tokenizer=str(self.tokenizer),
-            train=str(train or self.files["train"]),
+            train=str(train),
             validation=str(self.files["validation"]),
             block_size=self.setting.block_size,
             tokens_per_batch=self.setting.tokens_per_batch,
@@ -177,7 +177,9 @@ class Continued:
             plateau = Plateau(patience=2)
             rate, steps, every = setting.dense_rate, setting.dense_steps, setting.dense_check_every
             network = {"config": self.shape()}
-            module = self.fit(network, self.data(0), plateau, rate=rate, steps=steps, every=every, seed=0)
+            module = self.fit(
+                network, self.data(0, self.files["first"]), plateau, rate=rate, steps=steps, every=every, seed=0
+            )
             module.model.hf.load_state_dict(plateau.weights)
             module.model.hf.save_pretrained(folder)
             module.chat.save(folder)
@@ -212,7 +214,9 @@ class Continued:
             if arm == "dense":  # as long as the mixtures' operations would last it, to the next check
                 steps = math.ceil(steps * self.ratio() / every) * every
             network, rate = self.network(arm, seed), self.setting.rate
-            self.fit(network, self.data(seed), curve, rate=rate, steps=steps, every=every, seed=seed)
+            self.fit(
+                network, self.data(seed, self.files["second"]), curve, rate=rate, steps=steps, every=every, seed=seed
+            )
             return {"curve": curve.points}
 
         return remember(self.output, f"{self.setting.family}_{arm}_{seed}", self.config(arm, seed), train)

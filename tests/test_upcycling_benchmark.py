@@ -1,6 +1,7 @@
 """benchmarks/upcycling.py and real_text.py at tiny sizes: what is compared is right. Nothing here is timed."""
 
 import dataclasses
+import itertools
 import sys
 from pathlib import Path
 
@@ -45,22 +46,34 @@ def test_equal_tokens_and_equal_operations_read_the_dense_curve_at_different_ste
 @pytest.fixture(scope="module")
 def held():
     real_data()
-    return {split: real_text.documents(split) for split in real_text.SPLITS}
+    return {part: real_text.documents(part) for part in real_text.SPLITS}
 
 
 def test_nothing_that_is_held_out_is_trained_on(held):
-    texts = {split: [document["text"] for document in held[split]] for split in held}
-    assert not set(texts["train"]) & set(texts["validation"])
-    assert len(set(texts["train"])) == len(texts["train"])
-    assert {document["domain"] for document in held["validation"]} == {d["domain"] for d in held["train"]}
-    # Nor does a source sentence or a passage stand on both sides within another question.
-    passages = {text.split("\n")[0] for text in texts["train"]}
-    assert not passages & {d["text"].split("\n")[0] for d in held["validation"] if d["domain"] == "passages_hi"}
+    domains = {part: {document["domain"] for document in held[part]} for part in held}
+    assert domains["first"] == domains["second"] == domains["validation"]
+    assert len(domains["first"]) == 4
+    origin = {}
+    for part in held:
+        for pairs in (
+            *(real_text._questions(name, part) for name in ("plant_disease", "soil")),
+            real_text._news(part),
+            real_text._passages(part),
+        ):
+            origin |= {text: source for source, text in pairs}
+    sources = []
+    for documents in held.values():
+        texts = [document["text"] for document in documents]
+        assert len(set(texts)) == len(texts)
+        sources.append({origin[text] for text in texts})
+    for one, other in itertools.combinations(sources, 2):
+        assert not one & other
+    assert 0.8 < len(held["first"]) / len(held["second"]) < 1.25
 
 
 def test_cells_are_trained_once_and_operations_are_counted_right(held, tmp_path, monkeypatch):
     for module in (real_text, upcycling):
-        monkeypatch.setattr(module, "documents", lambda split: held[split][:40])
+        monkeypatch.setattr(module, "documents", lambda part: held[part][:40])
     continued = Continued(SMALL, tmp_path)
     for arm in ("dense", "granular"):
         continued.cell(arm, 0)
