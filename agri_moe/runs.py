@@ -82,9 +82,19 @@ class Run:
         return int(self.folder.name.removeprefix("version_"))
 
     def read(self) -> dict[str, Any]:
-        """The content of run.json; empty if there is none."""
+        """The content of run.json; empty if there is none.
+
+        Raises:
+            ValueError: If it is damaged.
+        """
         path = self.folder / "run.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        try:
+            content = json.loads(path.read_bytes()) if path.exists() else {}
+        except (ValueError, RecursionError):  # of JSON or of UTF-8
+            content = None
+        if not isinstance(content, dict):
+            raise ValueError(f"{path} is damaged: restore it, or move {self.folder} away.")
+        return content
 
     def write(self, **values: Any) -> None:
         """Update run.json."""
@@ -143,7 +153,7 @@ def unfinished_run(root: Path, mark: str) -> Run | None:
     """The newest run of the config with this fingerprint, if it has not finished."""
     same = (run for run in all_runs(root) if run.read().get("fingerprint") == mark)
     newest = next(same, None)
-    return newest if newest is not None and newest.read()["status"] != "finished" else None
+    return newest if newest is not None and newest.read().get("status") != "finished" else None
 
 
 def newest_checkpoint(root: Path, mark: str | None = None) -> tuple[Run, Path]:
