@@ -226,8 +226,9 @@ def caches() -> list[dict[str, bytes]]:
             ids = np.sort(random.permuted(np.tile(np.arange(40), (n, 1)), axis=1)[:, :5], axis=1)
             logs = -random.random((n, 5)).astype(np.float32) - 2
             tail, entropy = np.full(n, -1, np.float32), np.ones(n, np.float32)
-            numbers = (logs, None, tail) if kind == "topk" else (None, random.integers(1, 4, (n, 5)), None)
-            rows.append((n, Answers(np.arange(n) * 2, ids, *numbers, entropy, ids[:, 0])))
+            places, topk = np.arange(n) * 2, kind == "topk"
+            logs, counts, tail = (logs, None, tail) if topk else (None, random.integers(1, 4, (n, 5)), None)
+            rows.append((n, Answers(places, ids, logs, counts, tail, entropy, ids[:, 0])))
         write_shard(folder / shard_name(0), kind, rows)  # type: ignore[arg-type]
         told_of = {"vocabulary": 40, "segments": ["assistant"], "view": "same", "teacher": "t", "teacher_source": "s"}
         header = Header(kind=kind, tokens=5, seed=0, dtype="float32", tokenizer="a", template="b", rows="c", **told_of)  # type: ignore[arg-type]
@@ -317,7 +318,7 @@ def table() -> bytes:
     import pickle
 
     import torch
-    from torch.distributed.checkpoint import save
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     folder = empty("sharded")
     state = {"weight": torch.ones(3), "optimizer": {"lr": 0.1, "betas": (0.9, 0.95)}}

@@ -415,3 +415,30 @@ def test_nothing_is_asked_of_the_network(distill_config: Path, dense: Path, corp
     assert "NETWORK" not in done.stderr, done.stderr[-3000:]
     assert done.returncode == 0, done.stderr[-3000:]
     assert "all done" in done.stdout
+
+
+# ---------------------------------------------------------------------- dependencies
+
+
+def test_pins_that_are_known_to_be_bad(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from scripts import audit_pins
+
+    text = "lightning==2.6.2\nTorch==2.5.1+cpu\ntransformers[torch]==5.17.0 ; python_version > '3'\nJinja2==3.1.6\n"
+    bad = audit_pins.found(text)
+    assert [line.split(":")[0] for line in bad] == ["lightning 2.6.2", "torch 2.5.1+cpu"]
+    assert not audit_pins.found((ROOT / "constraints.txt").read_text())
+
+
+@pytest.mark.parametrize(
+    ("says", "status", "expected"),
+    [("No known vulnerabilities", 0, 0), ("Found 1 known vulnerability", 1, 1), ("ConnectionError", 1, 0)],
+)
+def test_pip_audit_is_asked_where_it_is(
+    says: str, status: int, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "pip-audit"
+    program.write_text(f"#!/bin/sh\necho '{says}'\nexit {status}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    done = subprocess.run([sys.executable, str(ROOT / "scripts" / "audit_pins.py")], capture_output=True, check=False)
+    assert done.returncode == expected

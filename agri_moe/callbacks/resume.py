@@ -49,7 +49,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             check_intact(Path(path), "--ckpt_path")
             return read_sharded(Path(path))
         # By name, not by Lightning's function: tensors of more than one part (8-bit moments) know no other way.
-        return load_state(Path(path), "--ckpt_path", map_location=map_location or "cpu")  # type: ignore[no-any-return]
+        return load_state(Path(path), "--ckpt_path", map_location=map_location or "cpu")
 
     def remove_checkpoint(self, path: Any) -> None:
         """Take the completeness marker away first: what is half removed must not count."""

@@ -457,7 +457,7 @@ class StreamSampler(Sampler[list[MicroBatch]]):
                     raise ValueError(told.error)
             begins_at, counted = counted, counted + np.sum([told.counted for told in offers], axis=0)
             rounds = -(-max(told.sequences for told in offers) // self.sequences_per_batch)
-            self.stream.check_skipped(*counted.tolist(), ended=not rounds)
+            self.stream.check_skipped(int(counted[0]), int(counted[1]), ended=not rounds)
             if not rounds:
                 return
             totals = StepTotals(

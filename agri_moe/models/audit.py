@@ -352,7 +352,7 @@ def _compare_logits(report: AuditReport, logits_NV: Tensor, source_NV: Tensor, t
 
 def _run(folder: Path, ids_BT: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Logits [N, V] of a checkpoint in float32 on the CPU, and each layer's router logits [N, E]."""
-    model = load_pretrained(folder, dtype="auto", trust_remote_code=False).eval()
+    model = load_pretrained(folder, dtype="auto").eval()
     _compute_in_float32(model)
     routing = {"output_router_logits": True} if is_moe(model.config) else {}
     with torch.inference_mode():

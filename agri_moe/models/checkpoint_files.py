@@ -207,7 +207,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
 def _files_of(index: Path) -> list[str]:
     """The files that an index names, none of them outside its folder."""
     table = read_json(index).get("weight_map")
-    files = list(table.values()) if isinstance(table, dict) else [None]
+    files: list[Any] = list(table.values()) if isinstance(table, dict) else [None]
     for name in files:
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
             raise ValueError(f"{index} names {name!r}, which is no file of a checkpoint: write the checkpoint anew.")
