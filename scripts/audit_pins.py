@@ -20,10 +20,8 @@ from packaging.version import Version
 
 BAD = (
     # Package, versions, advisory, what it is.
-    ("lightning", "==2.6.2", "published 2026", "malware in the package"),
-    ("lightning", "==2.6.3", "published 2026", "malware in the package"),
-    ("pytorch-lightning", "==2.6.2", "published 2026", "malware in the package"),
-    ("pytorch-lightning", "==2.6.3", "published 2026", "malware in the package"),
+    ("lightning", "==2.6.2", "withdrawn", "published with malware in it"),
+    ("lightning", "==2.6.3", "withdrawn", "published with malware in it"),
     ("torch", "<2.6", "CVE-2025-32434", "torch.load with weights_only runs code"),
     ("transformers", "<4.48", "CVE-2024-11392", "loading a checkpoint runs code"),
     ("pyarrow", ">=0.14,<14.0.1", "CVE-2023-47248", "reading an IPC file runs code"),
