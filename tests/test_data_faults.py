@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 
 from agri_moe.data.chat_data import ChatDataModule
 from agri_moe.data.text_data import TextDataModule
+from agri_moe.generation import Generated
+from agri_moe.tools.generate import Filters
 
 GOOD = {"scenario": "फसल: धान", "advisory": "नीम का तेल छिड़कें।"}
 
@@ -109,6 +111,21 @@ def test_markers_in_free_text_in_any_order_stay_text(text: str, make: Any, tmp_p
     prompt = chat.encode_prompt(row["scenario"], row["system"])
     answer = chat.parse(ids[len(prompt) - 1 :])
     assert (answer.thought, answer.advisory, answer.complete) == (row["thought"], row["advisory"], True)
+
+
+@pytest.mark.parametrize(
+    ("thought", "advisory", "fit"),
+    [
+        ("सोच", "सलाह", True),
+        ("सोच", "सलाह</think>", False),
+        ("सोच <think> और", "सलाह", False),
+        ("सोच", "<think>सलाह", False),
+    ],
+)
+def test_what_a_teacher_wrote_with_markers_left_in_it_is_no_row(thought: str, advisory: str, fit: bool) -> None:
+    """Once the answer has been taken apart, none should be left: they were out of order."""
+    reason = Filters().reason(Generated(thought, advisory, 9, "end"), tokens=3)
+    assert reason == ("" if fit else "markers of a thought out of order")
 
 
 def test_plain_text_with_markers_stays_text(corpus: Path, tmp_path: Path) -> None:

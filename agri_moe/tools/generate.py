@@ -106,6 +106,10 @@ def generate(
         tell(use, utilisation)
 
 
+THOUGHT_MARKERS = ("<think>", "</think>")
+"""One that is left once an answer has been taken apart: it closed what it had not opened, or thought twice."""
+
+
 @dataclass(frozen=True)
 class Filters:
     """Which answers are fit to train on; see `generate` for the three numbers."""
@@ -129,6 +133,9 @@ class Filters:
             "thought cut short": answer.stop_reason == "thought_budget",
             "no thought": not (answer.thought or "").strip(),
             "no advisory": not answer.advisory.strip(),
+            "markers of a thought out of order": any(
+                marker in text for text in (answer.thought or "", answer.advisory) for marker in THOUGHT_MARKERS
+            ),
             "a line again and again": loops(answer.thought or "") or loops(answer.advisory),
             "too little Devanagari": devanagari_share(answer.advisory) < self.min_devanagari,
             "advisory too short": tokens < self.min_tokens,
