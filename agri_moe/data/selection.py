@@ -11,7 +11,6 @@ of eight of them each.
 from __future__ import annotations
 
 import functools
-import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,8 @@ NGRAM = 8  # tokens; shorter ones repeat in any good text: Hindi takes 3 to 5 to
 SHINGLE = 5  # characters: one edit in a row of 120 then leaves nine tenths of its shingles alone
 BINS, BANDS = 128, 16  # bands of 8 as FineWeb has them (Penedo et al. 2024), and two more
 STRATA = 10
-DENSITY, LETTERS = 0.5, 0.6  # measured on real rows and on noise, see docs/selecting.md
+DENSITY, LETTERS, REPEATED = 0.5, 0.6, 0.5  # bounds of noise, measured on real rows: docs/selecting.md
+_PLANES = 0x40000  # code points that hold letters; the last of them is none
 _ROUNDS = 8  # rows of a bucket that others are compared with, at most
 _PAIRS = 1 << 16  # compared at a time
 _MIX = tuple(np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
@@ -102,7 +102,7 @@ def repetition(ids_N: Array, lengths_R: Array, n: int = NGRAM) -> Array:
 def letter_share(texts: Sequence[str]) -> Array:
     """[R] share of each text's characters, white space left out, that are letters of any script, or their marks."""
     chars_C = np.frombuffer("".join(texts).encode("utf-32-le"), np.uint32)
-    kinds_C = _kinds()[chars_C]
+    kinds_C = _kinds()[np.minimum(chars_C, _PLANES - 1)]
     rows_C = np.repeat(np.arange(len(texts)), [len(text) for text in texts])
     letters_R = np.bincount(rows_C, weights=kinds_C == 1, minlength=len(texts))
     return letters_R / np.maximum(np.bincount(rows_C, weights=kinds_C < 2, minlength=len(texts)), 1)
@@ -110,10 +110,9 @@ def letter_share(texts: Sequence[str]) -> Array:
 
 @functools.cache
 def _kinds() -> Array:
-    """Of each code point: 1 a letter or mark, 2 white space, 0 anything else."""
-    letter, space = frozenset("LM"), frozenset("Z")
-    categories = (unicodedata.category(chr(point))[0] for point in range(sys.maxunicode + 1))
-    kinds = np.fromiter((1 if c in letter else 2 if c in space else 0 for c in categories), np.uint8)
+    """Of each code point of the planes in use: 1 a letter or mark, 2 white space, 0 anything else."""
+    kind = {"L": 1, "M": 1, "Z": 2}
+    kinds = np.fromiter((kind.get(unicodedata.category(chr(point))[0], 0) for point in range(_PLANES)), np.uint8)
     kinds[[ord(c) for c in "\t\n\v\f\r"]] = 2
     return kinds
 
@@ -397,12 +396,12 @@ def choose(records: Array, signatures_BR: Array, groups: Sequence[str], rule: Ru
 
 
 def garbled(records: Array, groups: int) -> Array:
-    """[R] rows that are no text: few letters, or tokens of far fewer bytes than is usual in their group.
+    """[R] rows that are no text: few letters, mostly repeats, or tokens of far fewer bytes than usual in their group.
 
     Noise has as many tokens as it has letters, and so the highest entropy of all; markup and tables come next. (A low
     ratio of characters to tokens is what SantaCoder's data was filtered by, Ben Allal et al. 2023.)
     """
-    found: Array = records["letters"] < LETTERS
+    found: Array = (records["letters"] < LETTERS) | (records["repetition"] > REPEATED)
     for of_group in _by_group(np.arange(len(records)), records["group"], groups):
         density = records["density"][of_group]
         found[of_group] |= density < DENSITY * np.median(density) if len(density) else False

@@ -71,9 +71,9 @@ class Pieces:
         types = {} if self._schema is None else {field.name: field.type for field in self._schema}
         try:
             arrays = [pa.array([row.get(name) for row in rows], types.get(name)) for name in names]
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+        except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
             raise UnusableError(
-                f"{self._source.name}: a column holds values of several types ({str(error).splitlines()[0]}): give it "
+                f"{self._source.name}: a column cannot be written ({str(error).splitlines()[0]}): give it values of "
                 "one type, or leave it out."
             ) from error
         arrays += [pa.array([row[name] for row in rows], kind) for name, kind in ours.items()]

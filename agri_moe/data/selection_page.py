@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agri_moe.data.selection import DENSITY, LETTERS, NGRAM, Rule
+from agri_moe.data.selection import DENSITY, LETTERS, NGRAM, REPEATED, Rule
 from agri_moe.page import PAGE, Picture, Section, render, table
 from agri_moe.pictures import png
 from agri_moe.runs import replace_text
@@ -129,9 +129,9 @@ def _score_said(selection: Selection) -> list[str]:
     lines = [f"The score is {kinds[selection.score_by]}."]
     if selection.rule.damp:
         lines.append(
-            f"It is multiplied by the share of the row's {NGRAM}-grams of tokens that are not repeats of an earlier "
-            f"one. Noise is a row with less than {LETTERS:.0%} letters, or whose tokens hold less than {DENSITY:.0%} "
-            "of the bytes that is usual in its group."
+            f"It is multiplied by the share of the row's {NGRAM}-grams of tokens that do not repeat an earlier one. "
+            f"Noise is a row with less than {LETTERS:.0%} letters, with more than {REPEATED:.0%} repeats, or whose "
+            f"tokens hold less than {DENSITY:.0%} of the bytes that is usual in its group."
         )
     return lines
 

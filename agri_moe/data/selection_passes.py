@@ -18,7 +18,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -87,7 +87,7 @@ class Selection:
             make chat rows; by default whichever are there.
         group_by: Columns, or struct.field.
         tokenizer: Folder or hub name; by default that of `model`.
-        score: Entropy of the tokens or of their pairs, or the mean entropy or loss of a model's predictions.
+        score_by: Entropy of the tokens or of their pairs, or the mean entropy or loss of a model's predictions.
         model: For the last two: an exported folder, a checkpoint or a hub name.
         device: Where the model runs; `auto` takes a GPU if there is one.
         bad_rows: What a row that cannot be used does: `error` stops, `skip` leaves it out.
@@ -98,7 +98,7 @@ class Selection:
     output: str
     work: str
     rule: Rule
-    columns: Mapping[str, str]
+    columns: Mapping[str, str] = field(default_factory=dict)
     group_by: tuple[str, ...] = ()
     tokenizer: str | None = None
     score_by: Score = "unigram"
@@ -221,7 +221,7 @@ class Selection:
                 value = value.get(part) if isinstance(value, dict) else None
             if isinstance(value, dict | list):
                 raise ValueError(f"{path} is a {type(value).__name__}, which is no name of a group")
-            names.append(NO_VALUE if value is None or value == "" else str(value))
+            names.append(usable_text(path, None if value is None else str(value)) or NO_VALUE)
         return " · ".join(names) or "all"
 
     # ------------------------------------------------------------------ choice
@@ -237,6 +237,12 @@ class Selection:
         if not len(scored.records):
             raise UnusableError("--input holds no row that can be used: name files that have some.")
         choice = choose(scored.records, signed, scored.groups, self.rule)
+        if not len(choice.order):
+            raise UnusableError(
+                f"none of the {len(scored.records):,} rows was chosen: {(choice.fates == Fate.GARBLED).sum():,} are "
+                f"noise, and none of the rest fits into a budget of {choice.budget:,} {self.rule.unit}: give a larger "
+                "--budget, or --damp false."
+            )
         examples = _examples(scored.records, choice)
         self._tell_shards(scored, choice, examples)
         summary = summarise(scored, choice, examples)
@@ -485,7 +491,8 @@ def check_output(inputs: list[str], output: Path, overwrite: bool) -> None:
         raise ValueError(f"--output {output} does not end in .parquet: it will be a Parquet file.")
     place = output.absolute().resolve()
     for name in inputs:
-        if place == Path(name).absolute().resolve() or Path(name).absolute().resolve() in place.parents:
+        read = Path(name).absolute().resolve()
+        if place == read or read in place.parents or place.match(str(read)):
             raise ValueError(f"--output {output} is in --input {name}: name a file outside of what is read.")
     if output.exists() and not overwrite:
         raise ValueError(f"--output {output} exists; name another file, or give --overwrite true.")
@@ -508,7 +515,7 @@ def select_rows(selection: Selection, num_proc: int = 1, progress: bool = True) 
     """All passes, in processes of this machine.
 
     Args:
-        selection: What to do; `work` is the folder beside which a temporary one is made.
+        selection: What to do; `work` is the folder in which a temporary one is made.
         num_proc: Processes that read and score; 1 is this process, where the tokenizer takes all cores.
         progress: Whether to show a bar.
 
@@ -543,8 +550,8 @@ def _pass(selection: Selection, name: Literal["score", "copy"], num_proc: int, p
                 getattr(selection, name)(None, rank, len(order), bar.update)
             return
         context = get_context("spawn")
-        counter = context.Value("q", 0)
-        given = (selection, name, counter)
+        counter, stop = context.Value("q", 0), context.Event()
+        given = (selection, name, counter, stop)
         with ProcessPoolExecutor(min(num_proc, len(order)), context, _begin, given) as pool:
             waiting = {pool.submit(_task, rank, len(order)) for rank in order}
             while waiting:
@@ -552,24 +559,27 @@ def _pass(selection: Selection, name: Literal["score", "copy"], num_proc: int, p
                 bar.update(counter.value - bar.n)
                 for future in done:
                     if future.exception() is not None:
+                        stop.set()
                         pool.shutdown(cancel_futures=True)
                     future.result()
 
 
-_given: tuple[Selection, str, Any]
+_given: tuple[Selection, str, Any, Any]
 
 
-def _begin(selection: Selection, name: str, counter: Any) -> None:
+def _begin(*given: Any) -> None:
     """In a process of the pool: what all its tasks have in common."""
     global _given
-    _given = (selection, name, counter)
+    _given = given
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there are as many processes as cores already
 
 
 def _task(rank: int, world_size: int) -> None:
-    selection, name, counter = _given
+    selection, name, counter, stop = _given
 
     def tell(rows: int) -> None:
+        if stop.is_set():
+            raise UnusableError("another process has found what ends the selection")
         with counter.get_lock():
             counter.value += rows
 
