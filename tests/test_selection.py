@@ -602,3 +602,4 @@ def test_datatrove_chooses_the_same(example):
     Path("select_on_many.py").write_text(documented()[1], "utf-8")
     subprocess.run([sys.executable, "select_on_many.py"], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert Path("selected.parquet").read_bytes() == Path("command.parquet").read_bytes()
+    assert "Chosen, the highest scores" in Path("selected_report/index.html").read_text("utf-8")

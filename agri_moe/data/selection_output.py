@@ -1,6 +1,6 @@
 """What `select` writes: pieces left by many tasks, put together in order as one Parquet file, whole or not at all.
 
-The output falls into parts of some 32 MB, whose bounds hang on the chosen rows alone. A piece holds rows of one shard,
+The output falls into parts of some 16 MB, whose bounds hang on the chosen rows alone. A piece holds rows of one shard,
 in a batch for each part.
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 from agri_moe.data.sources import Source
 
 ADDED = ("selection_score", "selection_tokens", "selection_group")
-PART = 32 << 20  # bytes of a part of the output, and of what a copying process holds
+PART = 16 << 20  # characters of a part of the output, and of what a copying process holds
 PLACE = "__place__"
 
 

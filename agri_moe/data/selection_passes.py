@@ -311,27 +311,29 @@ class Selection:
         wanted = np.load(self._folder("wanted") / f"{number:06}.npz")
         pieces = Pieces(self._folder("pieces"), number, self.shards[number].source)
         texts: dict[int, str] = {}
-        places = dict(zip(wanted["ordinal"].tolist(), range(len(wanted["ordinal"])), strict=True))
-        columns = {name: wanted[name].tolist() for name in wanted.files}
-        read = 0
-        for ordinal, raw in enumerate(_rows(self.shards[number]) if places else ()):
+        ordinals, at, read = wanted["ordinal"], 0, 0
+        columns = {
+            name: wanted[name] for name in ("row", "place", "part", "hash", "score", "tokens", "group", "example")
+        }
+        for ordinal, raw in enumerate(_rows(self.shards[number]) if len(ordinals) else ()):
             read += 1
             if read == _BATCH_ROWS:
                 tell(read)
                 read = 0
-            if (i := places.pop(ordinal, None)) is None:
+            if at == len(ordinals) or ordinal < ordinals[at]:
                 continue
-            if content_hash(content := row_content(raw.values)) != columns["hash"][i]:
-                places[ordinal] = i
+            one = {name: column[at].item() for name, column in columns.items()}
+            if content_hash(content := row_content(raw.values)) != one["hash"]:
                 break
-            if columns["example"][i]:
-                texts[columns["row"][i]] = _excerpt(self._text(raw))
-            if columns["place"][i] >= 0:
-                added = (columns["score"][i], columns["tokens"][i], groups[columns["group"][i]])
-                values = raw.values | dict(zip(ADDED, added, strict=True)) | {PLACE: columns["place"][i]}
-                pieces.add(values, columns["part"][i], len(content))
+            at += 1
+            if one["example"]:
+                texts[one["row"]] = _excerpt(self._text(raw))
+            if one["place"] >= 0:
+                added = (one["score"], one["tokens"], groups[one["group"]])
+                values = raw.values | dict(zip(ADDED, added, strict=True)) | {PLACE: one["place"]}
+                pieces.add(values, one["part"], len(content))
         tell(read)
-        if places:
+        if at < len(ordinals):
             raise UnusableError(f"{self.shards[number].source.name} has changed since it was scored: run select again.")
         pieces.flush()
         write_json(self._folder("pieces") / f"{number:06}.json", {"files": pieces.files, "examples": texts})
