@@ -208,7 +208,7 @@ def test_repetition_and_noise_are_damped():
     records = some_records(10, random.Random(5))
     records["group"], records["entropy"] = 0, 3.0
     records["repetition"][0], records["letters"][1], records["density"][2] = 0.4, 0.5, 1.9
-    records["repetition"][3] = 0.6
+    records["repetition"][3] = 0.7
     found = sel.choose(records, np.zeros((16, 10), np.uint64), ["a"], Rule(budget=7, near=0))
     assert found.scores[0] == pytest.approx(3 * 0.6)
     assert found.order[-1] == 0, "of the seven left the one that repeats itself comes last"
@@ -465,6 +465,10 @@ def test_rows_that_cannot_be_used(chosen, tmp_path):
     (tmp_path / "mixed.jsonl").write_text('{"text": "one two", "n": 1}\n{"text": "three four", "n": "x"}\n')
     with pytest.raises(ValueError, match=r"mixed\.jsonl: a column cannot be written"):
         chosen([tmp_path / "mixed.jsonl"], group_by=(), budget=2)
+    for name, n in (("one", "1"), ("other", '"x"')):
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "{name} five six", "n": {n}}}\n')
+    with pytest.raises(ValueError, match="the columns of its files do not fit together"):
+        chosen([tmp_path / "one.jsonl", tmp_path / "other.jsonl"], group_by=(), budget=2)
 
 
 # ---------------------------------------------------------------------- command
@@ -524,6 +528,7 @@ def test_select_mistakes(capsys, corpus, tmp_path, no_models):
     assert "--tokenizer is not set" in said(tokenizer=None)
     assert "--tokenizer /nowhere does not exist" in said(tokenizer="/nowhere")
     assert "model_entropy and model_loss need a model" in said(score="model_loss")
+    assert "--model: /nowhere is no folder or hub name" in said(score="model_loss", model="/nowhere", tokenizer=None)
     assert "is in --input" in said(output=source)
     assert "is in --input" in said(input=source.parent, output=source.parent / "new.parquet")
     assert "is in --input" in said(input=source.parent / "*.parquet", output=source.parent / "new.parquet")

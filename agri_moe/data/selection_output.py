@@ -120,7 +120,14 @@ def output_schema(schemas: list[Any], shapes: list[dict[str, list[list[str]]]]) 
 
     if not schemas:
         return pa.schema([])
-    unified = pa.unify_schemas(sorted(set(schemas), key=str), promote_options="permissive")
+    try:
+        each = sorted(set(schemas), key=lambda schema: schema.serialize().to_pybytes())
+        unified = pa.unify_schemas(each, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise UnusableError(
+            f"--input: the columns of its files do not fit together ({str(error).splitlines()[0]}): give a column one "
+            "type in all of them."
+        ) from error
     orders: dict[str, set[tuple[str, ...]]] = {}
     for shape in shapes:
         for name, found in shape.items():

@@ -120,7 +120,7 @@ class Selection:
     # ------------------------------------------------------------------ before anything is read
 
     def check(self) -> None:
-        """Raises a ValueError on missing columns or a wrong tokenizer, having read a few rows of each file."""
+        """Raises a ValueError on missing columns and groups, having read a few rows."""
         wanted = {name: self.columns.get(name, name) for name in self.required}
         remedy = "--columns '{\"" + self.required[-1] + '": "NAME"}\''
         of_each(self.sources, functools.partial(check_columns, wanted=wanted, remedy=remedy))
@@ -164,7 +164,10 @@ class Selection:
             self._score_shard(number, tell or _nothing)
 
     def _score_shard(self, number: int, tell: Tell) -> None:
-        scorer = load_scorer(self.tokenizer, self.score_by, self.model, self.device)
+        try:
+            scorer = load_scorer(self.tokenizer, self.score_by, self.model, self.device)
+        except ValueError as error:
+            raise UnusableError(str(error)) from error
         found = Found(self._folder("scores"), number)
         for batch in self._batches(number, found):
             ids_N, lengths_R, scores_R = scorer(batch.texts)

@@ -74,7 +74,6 @@ def _model_scorer(source: str, device: str, score: Score) -> Scorer:
 
     from agri_moe.trained import load_trained
 
-    torch.set_num_threads(1)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     model, chat = load_trained(source, "--model")
@@ -101,7 +100,12 @@ def _model_scorer(source: str, device: str, score: Score) -> Scorer:
         ids = [chat.encode_text(text) for text in texts]
         lengths_R = np.array([len(row) for row in ids])
         ids_N = np.concatenate([np.array(row, np.uint32) for row in ids])
-        return ids_N, lengths_R, np.array([score_row(row) for row in ids])
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return ids_N, lengths_R, np.array([score_row(row) for row in ids])
+        finally:
+            torch.set_num_threads(threads)
 
     return scores
 
