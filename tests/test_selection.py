@@ -5,6 +5,7 @@ import math
 import os
 import random
 import re
+import shlex
 import subprocess
 import sys
 from collections import Counter
@@ -535,6 +536,7 @@ def test_select_mistakes(capsys, corpus, tmp_path, no_models):
     assert "does not end in .parquet" in said(output=tmp_path / "out.csv")
     assert "--near_duplicates is 0.3" in said(near_duplicates=0.3)
     assert "--num_proc is 0" in said(num_proc=0)
+    assert "--seed is -1" in said(seed=-1)
     assert "no file matches" in said(input=tmp_path / "*.nothing")
     (tmp_path / "other.csv").write_text("question,answer\na,b\n")
     assert "has neither scenario and advisory nor text; it has question, answer" in said(input=tmp_path / "other.csv")
@@ -596,7 +598,10 @@ def example(corpus, tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_python_example(example, capsys):
+def test_the_examples_for_one_machine(example, capsys):
+    (line,) = re.findall(r"^python main.py (select .*)$", (ROOT / "docs" / "selecting.md").read_text("utf-8"), re.M)
+    main(shlex.split(line))
+    assert "Chosen: 12 rows" in capsys.readouterr().out
     exec(documented()[0], {})
     assert "'CHOSEN': 12" in capsys.readouterr().out
     assert len(pq.read_table("selected.parquet")) == 12

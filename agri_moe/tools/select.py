@@ -64,6 +64,8 @@ def select(
         raise ValueError(f"--near_duplicates is {near_duplicates:g}: it must be 0, or at least 0.7 and at most 1.")
     if num_proc < 1:
         raise ValueError(f"--num_proc is {num_proc}: it must be at least 1.")
+    if seed < 0:
+        raise ValueError(f"--seed is {seed}: it must be at least 0.")
     if score.startswith("model") != (model is not None):
         raise ValueError(f"--score {score} and --model do not go together: model_entropy and model_loss need a model.")
     if model is None and tokenizer is None:
