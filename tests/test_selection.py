@@ -452,6 +452,8 @@ def test_rows_that_cannot_be_used(chosen, tmp_path):
         chosen([source], budget=5)
     with pytest.raises(ValueError, match="row 3"):  # out of another process
         chosen([source, write(tmp_path / "rows" / "more.jsonl", chat_rows(4))], budget=5, num_proc=2)
+    with pytest.raises(ValueError, match="--tokenizer /nowhere does not exist"):
+        chosen([source, tmp_path / "rows" / "more.jsonl"], budget=5, num_proc=2, tokenizer="/nowhere")
     chosen([source], budget=5, bad_rows="skip")
     assert chosen.found["bad"] == 3
     assert [reason.partition(": ")[2] for reason in chosen.found["rejected"]] == [

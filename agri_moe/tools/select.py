@@ -57,7 +57,6 @@ def select(
 
     from agri_moe.data.selection import Rule
     from agri_moe.data.selection_passes import Selection, check_output, parse_budget, select_rows
-    from agri_moe.data.selection_scoring import load_tokenizer
 
     number, share = parse_budget(budget, budget_in)
     if near_duplicates and not 0.7 <= near_duplicates <= 1:
@@ -88,8 +87,6 @@ def select(
         seed=seed,
     )
     selection.check()
-    if tokenizer is not None and num_proc > 1:
-        load_tokenizer(tokenizer)  # a wrong one is told before processes are started
     Path(output).absolute().parent.mkdir(parents=True, exist_ok=True)
     found = select_rows(selection, num_proc)
 
