@@ -1,7 +1,7 @@
 """What `select` lets in of a corpus with salt in it, and how fast it is on one that is larger than its memory.
 
-    python benchmarks/selection.py salted [--salt 0.2]
-    python benchmarks/selection.py throughput [--megabytes 2000] [--num_proc 2] [--part 100] [--folder DIR]
+    python benchmarks/select_command.py salted [--salt 0.2]
+    python benchmarks/select_command.py throughput [--megabytes 2000] [--num_proc 2] [--part 100] [--folder DIR]
 
 salted: the real raw rows (plant diseases, soil: English; sentences: Hindi), and salt of ten kinds in each language:
 exact repeats; near repeats (one or two words changed, or a typing error in each of three); one sentence over and over;
