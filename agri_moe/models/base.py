@@ -18,35 +18,24 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from agri_moe.data.chat import Chat, Segment
-from agri_moe.evaluation import Evaluation, Measure, Row, score_answers
+from agri_moe.evaluation import Evaluation, Row, score_answers
 from agri_moe.expert_use import choices
 from agri_moe.generation import generate
 from agri_moe.losses import Routing, max_violation, routing, token_statistics
-from agri_moe.metrics import (
-    GroupRouting,
-    RoutingStatistics,
-    SegmentLoss,
-    TeacherAgreement,
-    TermMean,
-    balance_score,
-    balanced_perplexity,
-    tokens_seen,
-)
+from agri_moe.metrics import GroupRouting, RoutingStatistics, balance_score, balanced_perplexity
 from agri_moe.models.causal import CausalModel, Forward
 from agri_moe.models.experts import visits
 from agri_moe.models.routing import POSITIONS, RoutingConfig, token_positions
 from agri_moe.models.sharding import shard
 from agri_moe.models.source import ModelConfig, check_vocabulary
-from agri_moe.models.training import TrainingModule
+from agri_moe.models.training import TrainingModule, layer_name
 from agri_moe.models.upcycle import is_moe
+from agri_moe.models.validation import Validation
 from agri_moe.objective import Batch, Objective, Plan, Running, Term
 from agri_moe.optimizer import OptimizerConfig
 from agri_moe.schedules import Moment
 from agri_moe.stages import Stage, StageSettings, check_total, settings, spans, stage_at, trained_summary
 from agri_moe.teacher import TeacherSignal
-
-STATISTICS = ("cka", "attention", "diversity", "balance")
-"""Terms of which each micro-batch has one value, and not each token."""
 
 
 class LanguageModule(TrainingModule, ABC):
@@ -75,7 +64,7 @@ class LanguageModule(TrainingModule, ABC):
 
     model: CausalModel
     model_key: str
-    val_routing: RoutingStatistics
+    validation: Validation
     evaluation: Evaluation
 
     def __init__(
@@ -106,7 +95,6 @@ class LanguageModule(TrainingModule, ABC):
         self.routing_config = routing
         self.max_new_tokens = max_new_tokens
         self.balance_beta = balance_beta
-        self.val_groups: GroupRouting | None = None  # where the data module sorts its rows into groups
         self._step_load: Tensor | None = None  # [L, E] assignments of the step's micro-batches
         self._answered: list[Row] = []  # rows of a test with the model's answers
         self._step_terms: dict[str, Tensor] = {}
@@ -236,15 +224,14 @@ class LanguageModule(TrainingModule, ABC):
         if self.device_mesh is not None:
             mixed = self.trainer.precision == "bf16-mixed"
             shard(self.model, self.device_mesh["data_parallel"], torch.bfloat16 if mixed else None)
-        segments = dict.fromkeys(name for objective in self.objectives for name in objective.ce.segments)
-        self.val_loss = SegmentLoss({name: Segment[name.upper()] for name in segments})
-        self.val_teacher = TeacherAgreement()
         self.running_means = nn.ModuleList(
             nn.ModuleDict(objective.running(plan)) for objective, plan in zip(self.objectives, self.plans, strict=True)
         )
-        self.val_terms = nn.ModuleDict({name: TermMean() for name in self._evaluated_terms()})
-        if self.model.routers:
-            self.val_routing = RoutingStatistics(len(self.model.routers), self.model.num_experts)
+        segments: dict[str, int] = {
+            name: Segment[name.upper()] for objective in self.objectives for name in objective.ce.segments
+        }
+        routers, experts = len(self.model.routers), self.model.num_experts
+        self.validation = Validation(segments, self._evaluated_terms(), routers, experts, self.balance_beta)
 
     def _evaluated_terms(self) -> list[str]:
         """Names of the terms that are validated: each as a whole, and by layer of the student where it has layers."""
@@ -626,48 +613,42 @@ class LanguageModule(TrainingModule, ABC):
             teacher_head_VD=signal.head_VD if signal else None,
             sparse_teacher=signal.sparse if signal else None,
         )
-        with choices(self.model.routers if self.val_groups is not None else []) as chosen:
+        with choices(self.model.routers if self.validation.groups is not None else []) as chosen:
             out = self.model(batch, batch["positions"], read, self.plan.student)
-        self.val_loss.update(out.read.nll_N, batch["segments"])
-        if signal is not None:
-            self.val_teacher.update(out.read.kl_M, out.read.agree_M)
         routed = self.routing(out, batch)
-        if routed is not None:
-            self.val_routing.update(routed)
-        if self.val_groups is not None:
-            # The tokens that `val/ce` counts, so that it is the mean of the groups' losses.
-            counted = torch.isin(batch["segments"], batch["segments"].new_tensor(list(self.val_loss.segments.values())))
-            row_T = batch["row_ids"].flatten()
-            row_N = row_T[batch["positions"]].where(counted, -1)
-            self.val_groups.update(out.read.nll_N, row_N, torch.stack(chosen) if chosen else None, row_T)
+        self.validation.update(out.read, batch, routed, chosen, taught=signal is not None)
         terms = self.objective.sample_terms(
             out, signal, anchor, routed, batch, plan=self.plan, now=Moment(), running=self.running
         )
         for name, term in terms.items():
-            self._val_term(name).update(term.total, term.tokens)
             layers = [student for student, _ in self.plan.pairs.get(name, [])]
             if name == "diversity":
                 layers = list(range(len(self.model.routers)))
-            if term.layers is not None and layers:
-                for layer, value in zip(layers, term.layers, strict=True):
-                    self._val_term(layer_name(name, layer)).update(value, term.tokens)
+            self.validation.update_term(name, term, layers)
+
+    @property
+    def val_routing(self) -> RoutingStatistics | None:
+        """What the routers did with the validation rows so far; None for a dense model."""
+        return self.validation.routing
+
+    @property
+    def val_groups(self) -> GroupRouting | None:
+        """What is known of groups of the validation rows so far; None where none are told apart."""
+        return self.validation.groups
 
     def _sort_rows(self, split: str) -> None:
         """Get ready to tell groups of rows apart, where the data module has any."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         groups = data.groups(split) if getattr(data, "group_by", None) else None
         if groups is None:
-            self.val_groups = None
+            self.validation.groups = None
             return
         names, of_row = list(groups.names), torch.from_numpy(groups.of_row)
         if any(isinstance(logger, MLFlowLogger) for logger in self.trainer.loggers):
             # It drops letters that are not plain: two Hindi names would be one curve.
             names = [name if name.isascii() else f"{number} {name}" for number, name in enumerate(names)]
         metric = GroupRouting(names, of_row, len(self.model.routers), self.model.num_experts)
-        self.val_groups = metric.to(self.device)
-
-    def _val_term(self, name: str) -> TermMean:
-        return cast(TermMean, self.val_terms[name])
+        self.validation.groups = metric.to(self.device)
 
     @property
     def answers_tests(self) -> bool:
@@ -715,75 +696,13 @@ class LanguageModule(TrainingModule, ABC):
 
     def log_evaluation(self, prefix: str) -> None:
         """Log what has been gathered, across ranks, and begin anew."""
-        losses = self.val_loss.compute()
-        if not losses:
+        values = self.validation.values()
+        if "ce" not in values:
             rank_zero_warn(f"{prefix}: no token is supervised, so there is no loss to report.")
-        names = {"loss": "ce"}
-        values = {f"{prefix}/{names.get(name, name)}": value for name, value in losses.items()}
-        if self.val_teacher.update_called:
-            values |= {f"{prefix}/{name}": value for name, value in self.val_teacher.compute().items()}
-        val_terms = {name: self._val_term(name) for name in self.val_terms}
-        for name, metric in val_terms.items():
-            if metric.update_called and (value := metric.compute()) is not None:
-                values[f"{prefix}/{name}"] = value
-        if self.model.routers:
-            values |= {f"{prefix}/{name}": value for name, value in self._routing_values(losses).items()}
-        values |= {f"{prefix}/{name}": value for name, value in self._group_values().items()}
-        self.log_dict(values)
+        self.log_dict({f"{prefix}/{name}": value for name, value in values.items()})
         if prefix == "test":
-            self.evaluation = Evaluation(self._measures(values))
-        if self.model.routers:
-            self.val_routing.reset()
-        for used in (self.val_loss, self.val_teacher, *val_terms.values()):
-            used.reset()
-        self.val_groups = None
-
-    def _measures(self, values: dict[str, Tensor]) -> dict[str, Measure]:
-        """What was logged of a test, with the tokens, or for a statistic of each micro-batch those, behind a number."""
-        by_segment = tokens_seen(self.val_loss)
-        seen: dict[str, Tensor] = {name: tokens_seen(self._val_term(name)) for name in self.val_terms}
-        for segment, tokens in zip(self.val_loss.segments, by_segment, strict=True):
-            seen |= dict.fromkeys((f"loss_{segment}", f"perplexity_{segment}"), tokens)
-        seen |= dict.fromkeys(("ce", "perplexity", "balanced_perplexity"), by_segment.sum())
-        seen |= dict.fromkeys(("kl", "agreement"), tokens_seen(self.val_teacher))
-        if self.model.routers:
-            seen |= dict.fromkeys(("router_entropy", "balance_score", "dead_experts"), tokens_seen(self.val_routing))
-        if self.val_groups is not None:
-            by_group = tokens_seen(self.val_groups)
-            seen |= {f"ce/{name}": tokens for name, tokens in zip(self.val_groups.names, by_group, strict=True)}
-            seen["group_information"] = by_group.sum()
-        measures = {}
-        for key, value in values.items():
-            name = key.removeprefix("test/")
-            statistic = name.split("/")[0].removeprefix("anchor_") in STATISTICS
-            measures[name] = Measure(float(value), int(seen[name]), "micro-batches" if statistic else "tokens")
-        return measures
-
-    def _routing_values(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Means over the layers; nothing if no token was routed."""
-        stats = self.val_routing.compute()
-        if not stats:
-            return {}
-        values = {
-            "router_entropy": stats["normalized_entropy"].mean(),
-            "balance_score": stats["balance"].mean(),
-            "dead_experts": stats["dead"].mean(),
-        }
-        if losses:
-            values["balanced_perplexity"] = balanced_perplexity(
-                losses["loss"], values["balance_score"], self.balance_beta
-            )
-        return values
-
-    def _group_values(self) -> dict[str, Tensor]:
-        """The loss of each group of rows, and what experts tell of groups, mean over the layers."""
-        stats = {} if self.val_groups is None else self.val_groups.compute()
-        if not stats or self.val_groups is None:
-            return {}
-        values = {f"ce/{name}": stats["ce"][i] for i, name in enumerate(self.val_groups.names) if stats["tokens"][i]}
-        if self.model.routers:
-            values["group_information"] = stats["mutual_information"].mean()
-        return values
+            self.evaluation = Evaluation(self.validation.measures(values))
+        self.validation.reset()
 
 
 def of_all_ranks(rows: list[Row]) -> list[Row]:
@@ -804,11 +723,6 @@ def _by_name(state: dict[str, Any], names: Sequence[str]) -> None:
     state["state"] = {names[number]: moments for number, moments in state["state"].items()}
     for group in groups:
         group["params"] = [names[number] for number in group["params"]]
-
-
-def layer_name(term: str, layer: int) -> str:
-    """Name of one layer's share of a term."""
-    return f"{term}/layer_{layer:02d}"
 
 
 def parameter_counts(model: CausalModel) -> tuple[int, int, int]:

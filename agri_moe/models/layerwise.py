@@ -32,7 +32,7 @@ from agri_moe.models.moe import Assignment, MoE, RoutingKind, RoutingRule
 from agri_moe.models.neurons import Reallocation, move_neurons, plan_move, start_at_random, start_from_dense
 from agri_moe.models.replaced import LayerFiles, expert_width, layer_facts, new_moe
 from agri_moe.models.source import ModelConfig, check_vocabulary
-from agri_moe.models.training import TrainingModule
+from agri_moe.models.training import TrainingModule, layer_name
 from agri_moe.optimizer import OptimizerConfig
 from agri_moe.schedules import RunningMean, Value, bounds, value_at
 
@@ -705,8 +705,3 @@ def _joined(routed: Sequence[Routing]) -> Routing:
         z_sum=torch.stack([one.z_sum for one in routed]).mean().detach(),
         tokens=routed[0].tokens,
     )
-
-
-def layer_name(term: str, layer: int) -> str:
-    """Name of one layer's share of a term."""
-    return f"{term}/layer_{layer:02d}"

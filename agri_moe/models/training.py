@@ -180,3 +180,8 @@ def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
     """The Euclidean norm of all gradients, those of pieces on all ranks."""
     norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
     return norm.full_tensor() if isinstance(norm, DTensor) else norm.to(parameters[0].device)
+
+
+def layer_name(term: str, layer: int) -> str:
+    """Name of one layer's share of a term, as it is logged."""
+    return f"{term}/layer_{layer:02d}"
