@@ -141,20 +141,30 @@ def _no_tensors(folder: Path) -> Iterator[tuple[Path, int, int]]:
 # ---------------------------------------------------------------------- configs that a command has found
 
 
+def read_config(config: Path) -> dict[str, Any]:
+    """The settings of a config, nothing that it names imported.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    try:
+        content = yaml.safe_load(config.read_text("utf-8"))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:  # a date may be none, too
+        raise ValueError(f"{config} cannot be read ({type(error).__name__}); name a config with --config.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{config} holds no settings; name a config with --config.")
+    return content
+
+
 def check_found_config(config: Path) -> None:
     """Refuse a config that nobody has named, if parsing it would import anything but classes of `TRUSTED`.
 
     Wherever a class is expected, jsonargparse imports the module that a string names.
 
     Raises:
-        ValueError: If it does, or is no config.
+        ValueError: If it would, or is no config.
     """
-    try:
-        content = yaml.safe_load(config.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{config} cannot be read ({type(error).__name__}); name a config with --config.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{config} holds no settings; name a config with --config.")
+    content = read_config(config)
     named = next((name for name in _imported(content) if not _is_trusted(name)), None)
     if "config" in content:
         named = "another config"

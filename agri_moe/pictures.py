@@ -36,7 +36,7 @@ FOLLOWED = {
     "dropped": "share of assignments dropped",
     "router_temperature": "router temperature",
 }
-NOT_TERMS = ("learning_rate", "gradient_norm", "stage", "temperature", *FOLLOWED)
+NOT_TERMS = ("learning_rate", "gradient_norm", "stage", "temperature", "skipped_steps", *FOLLOWED)
 
 
 def png(figure: Figure) -> bytes:

@@ -545,6 +545,13 @@ def _losses(record: Record) -> list[str]:
         broken = [step for step, value in zip(*curve, strict=True) if not math.isfinite(value)]
         if name.startswith(("train/", "val/")) and broken:
             said.append(f"{name} is not finite at {len(broken)} entries, first at step {done(name, broken[0]):,}.")
+    skipped = record.curves.get("train/skipped_steps")
+    if skipped is not None and skipped.last:
+        first = next(step for step, value in zip(*skipped, strict=True) if value)
+        said.append(
+            f"{skipped.last:.0f} steps were left out, the first by step {done('train/skipped_steps', first):,}, "
+            "because their loss or gradient was not finite or jumped; the run's output names their rows."
+        )
     if (training := record.curves.get("train/ce")) is not None:
         said += [
             f"Loss spike: train/ce jumped to {value:.3g} at step {done('train/ce', step):,}, from a median of "

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypeVar
 
 import lightning
+import yaml
 from lightning.pytorch.callbacks import BasePredictionWriter, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
@@ -22,7 +23,7 @@ from agri_moe.callbacks.resume import AtomicCheckpointIO, Checkpoint, RunStatus
 from agri_moe.cli import HelpFormatter, example_of, fail, one_sentence
 from agri_moe.data.chat_data import ChatDataModule
 from agri_moe.evaluation import Row, table
-from agri_moe.foreign_files import check_found_config
+from agri_moe.foreign_files import check_found_config, read_config
 from agri_moe.models.base import LanguageModule, of_all_ranks
 from agri_moe.models.distill import DistillModule
 from agri_moe.models.layerwise import LayerwiseModule
@@ -196,8 +197,9 @@ class TrainingCLI(LightningCLI):
             raise ValueError(f"--resume {checkpoint} is no checkpoint in a run's folder (version_N/checkpoints/).")
         check_intact(checkpoint, "--resume")
         if run.read().get("fingerprint") != mark and not self.config["fit"]["resume_anyway"]:
-            old = self._parser("fit").parse_path(str(run.config), _skip_validation=True).as_dict()
-            lines = differences(identity(old), identity(self.settings))
+            # Not read by the parser, which would import what it names.
+            new = yaml.safe_load(self._parser("fit").dump(self._dumpable(), skip_none=False))
+            lines = differences(identity(read_config(run.config)), identity(new))
             raise ValueError(
                 f"--resume {checkpoint}: the config has changed ({'; '.join(lines)}); "
                 "give --resume_anyway true to go on with the new one."

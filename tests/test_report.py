@@ -199,6 +199,12 @@ def test_a_good_run_is_not_warned_about(tmp_path):
     assert warnings(make_record(tmp_path, routing=routing, curves={"train/ce": falling, "val/ce": falling})) == []
 
 
+def test_steps_that_were_left_out_are_told(tmp_path):
+    curves = {"train/skipped_steps": Curve([0, 1, 2, 3], [0.0, 0.0, 1.0, 2.0])}
+    (said,) = warnings(make_record(tmp_path, curves=curves))
+    assert said.startswith("2 steps were left out, the first by step 3, because")
+
+
 def test_routers_that_went_wrong_are_named_by_layer_and_expert(tmp_path):
     load = np.array([[0.96, 0.04, 0.0, 0.0], [0.25, 0.25, 0.25, 0.25], [0.49, 0.01, 0.25, 0.25]])
     now = {"load": load, "balance": np.array([0.1, 1.0, 0.8]), "normalized_entropy": np.array([0.5, 0.995, 0.9])}

@@ -366,6 +366,18 @@ def test_a_found_config_names_classes_of_this_package_and_of_lightning(
     assert not canary.exists()
 
 
+def test_what_differs_from_a_foreign_run_is_told_without_importing_it(
+    found: Any, canary: Path, distill_config: Path, capsys: pytest.CaptureFixture[str], no_models: None
+) -> None:
+    """`--resume` of a run of somebody else's, whose config lies beside the checkpoint."""
+    config = found(HOSTILE_CONFIGS["model"])
+    checkpoint = config.parent / "checkpoints" / "step=00000001.ckpt"
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(distill_config), "--resume", str(checkpoint)])
+    assert "model.class_path: evil_module.Mine -> agri_moe.models.distill.DistillModule" in capsys.readouterr().err
+    assert not canary.exists()
+
+
 def test_a_config_that_the_user_names_is_the_users_own(found: Any, canary: Path, tmp_path: Path) -> None:
     """Their own class is imported; the run is another one then, by its fingerprint, and there is nothing to score."""
     config = found(HOSTILE_CONFIGS["model"])
