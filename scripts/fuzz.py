@@ -225,10 +225,10 @@ def caches() -> list[dict[str, bytes]]:
             random = np.random.default_rng(n)
             ids = np.sort(random.permuted(np.tile(np.arange(40), (n, 1)), axis=1)[:, :5], axis=1)
             logs = -random.random((n, 5)).astype(np.float32) - 2
-            tail, entropy = np.full(n, -1, np.float32), np.ones(n, np.float32)
-            places, topk = np.arange(n) * 2, kind == "topk"
-            logs, counts, tail = (logs, None, tail) if topk else (None, random.integers(1, 4, (n, 5)), None)
-            rows.append((n, Answers(places, ids, logs, counts, tail, entropy, ids[:, 0])))
+            places, entropy, topk = np.arange(n) * 2, np.ones(n, np.float32), kind == "topk"
+            tail, counts = np.full(n, -1, np.float32), random.integers(1, 4, (n, 5))
+            kept = (logs, None, tail) if topk else (None, counts, None)
+            rows.append((n, Answers(places, ids, kept[0], kept[1], kept[2], entropy, ids[:, 0])))
         write_shard(folder / shard_name(0), kind, rows)  # type: ignore[arg-type]
         told_of = {"vocabulary": 40, "segments": ["assistant"], "view": "same", "teacher": "t", "teacher_source": "s"}
         header = Header(kind=kind, tokens=5, seed=0, dtype="float32", tokenizer="a", template="b", rows="c", **told_of)  # type: ignore[arg-type]
