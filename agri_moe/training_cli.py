@@ -173,7 +173,7 @@ class TrainingCLI(LightningCLI):
             self.trainer.strategy.connect(self.model)
             self.trainer.strategy.setup_environment()
         self.signals = Signals()
-        self.signals.install(self.trainer)
+        self.signals.install(self.trainer, self._ready)
         choice: Choice | None = None
         if self.trainer.is_global_zero:
             choice = self._choose_run()
@@ -182,6 +182,11 @@ class TrainingCLI(LightningCLI):
         assert choice is not None, "one rank alone is the first rank, which has chosen"
         self.run = Run(Path(choice.run))
         self._enter(self.run, Path(choice.checkpoint) if choice.checkpoint else None, choice.validated)
+
+    def _ready(self) -> None:
+        for callback in self.trainer.checkpoint_callbacks:
+            if isinstance(callback, Checkpoint):
+                callback.catch_up(self.trainer)
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Let go of the run and of the signals, however it ends."""
@@ -288,7 +293,7 @@ class TrainingCLI(LightningCLI):
             self.datamodule.chat.save(run.folder / "tokenizer")
             run.write(status="running")
         # A crash leaves entries past the checkpoint; those steps are about to be logged again.
-        purge_step = step_of(checkpoint) if checkpoint else None
+        purge_step = step_of(checkpoint) if checkpoint else None if validated is None else 0
         root, name = run.folder.parent.parent, run.folder.name
         for logger in self._log_to(TensorBoardLogger(root, name=LOGS, version=name, purge_step=purge_step)):
             logger.log_hyperparams(self.settings)

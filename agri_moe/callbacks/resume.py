@@ -84,7 +84,7 @@ class Checkpoint(ModelCheckpoint):
 
     Attributes:
         signals: What asks to stop; None without the command line.
-        validated: The step after which the run's folder has a validation already; None does none again.
+        validated: The step after which the run's folder has a validation already; None lets `catch_up` do none.
     """
 
     def __init__(self, every_n_steps: int | None = 500, every_n_minutes: float | None = None, keep: int = 2):
@@ -125,23 +125,25 @@ class Checkpoint(ModelCheckpoint):
     # ------------------------------------------------------------------ when
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Validate first where the validation after the restored step was cut off."""
+        """Look at the clock, and at what is saved already."""
         self._step, self._saved_at = trainer.global_step, time.monotonic()
         if self.file_exists(self._path(trainer), trainer):
             self._last_global_step_saved = trainer.global_step
-        if trainer.world_size > 1 and (self.signals is not None or self.every_n_minutes is not None):
-            self._group = dist.new_group(backend="gloo")  # between CPUs: no step waits for the device
         if self.signals is not None:
             self.signals.training = True
-        loop = trainer.fit_loop.epoch_loop.val_loop
-        if not self._owed or self.validated in (None, trainer.global_step) or loop.skip:
+
+    def catch_up(self, trainer: lightning.Trainer) -> None:
+        """Do the validation after the restored step, where it was cut off; before training, which may be at its end."""
+        if trainer.world_size > 1 and (self.signals is not None or self.every_n_minutes is not None):
+            self._group = dist.new_group(backend="gloo")  # between CPUs: no step waits for the device
+        if not self._owed or self.validated in (None, trainer.global_step):
             return
-        self._remember_loops(trainer)
-        results = trainer._logger_connector._first_loop_iter
+        loop, results = trainer.fit_loop.epoch_loop.val_loop, trainer._logger_connector._first_loop_iter
         loop.restarting = False  # from its first batch
         trainer.validating = True
         loop.run()
         trainer.training = True
+        loop.restarting = True
         trainer._logger_connector._first_loop_iter = results
 
     def on_train_batch_end(

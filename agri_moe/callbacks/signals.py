@@ -5,6 +5,7 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -39,13 +40,17 @@ class Signals:
         self._time = 0.0
         self._before: dict[int, Any] = {}
 
-    def install(self, trainer: lightning.Trainer) -> None:
+    def install(self, trainer: lightning.Trainer, ready: Callable[[], None]) -> None:
         """Take the place of the handlers of before and of Lightning's.
 
         Lightning's talk to the other ranks from within the handler, exit with 0, and under SLURM save hpc_ckpt_N.ckpt
         apart from the run's checkpoints.
+
+        Args:
+            trainer: Whose handlers are not to be.
+            ready: Called where Lightning would install them: everything is restored, and the loops begin.
         """
-        trainer._signal_connector.register_signal_handlers = _nothing  # type: ignore[method-assign]
+        trainer._signal_connector.register_signal_handlers = ready  # type: ignore[method-assign]
         if threading.current_thread() is threading.main_thread():  # Python lets no other thread handle signals
             self._before = {number: signal.signal(number, self._handle) for number in HANDLED}
 
@@ -65,10 +70,6 @@ class Signals:
         self.received, self._time = number, time.monotonic()
         told = f"\n{signal.Signals(number).name}: saving at the end of this step; a second signal exits at once.\n"
         os.write(2, told.encode())  # print may not be called from within itself
-
-
-def _nothing() -> None:
-    pass
 
 
 def requeue() -> None:
