@@ -1,6 +1,7 @@
 """Metrics that are right across ranks: torchmetrics whose states are sums, so that adding them up is merging.
 
-Shape legend: N tokens, M tokens with a teacher's signal, L layers, E experts, X and Y layers of two models.
+Shape legend: N tokens, M tokens with a teacher's signal, T tokens of whole rows, L layers, E experts, K experts of a
+token, G groups of rows, X and Y layers of two models.
 
 Sums and counts are held in float64, which counts exactly up to 2^53 tokens. `compute` never returns NaN for
 want of data: a mapping leaves the key out (all of them, if nothing was seen), a matrix says what it returns.
@@ -230,6 +231,92 @@ class RoutingStatistics(_Sums):
             "normalized_entropy": normalized_L,
             "balance": balance_score(self.load),
             "dead": (self.load == 0).float().mean(-1),
+        }
+        return {name: value.float() for name, value in result.items()}
+
+
+def mutual_information(counts_LGE: Tensor) -> Tensor:
+    """What an assignment's expert tells of its group, per layer, [L], in nats: sum of p(g, e) log(p(g, e) / p(g) p(e)).
+
+    0 where every group spreads over the experts alike, at most log G and log E (Cover & Thomas, Elements of Information
+    Theory, eq. 2.28). Of n independent assignments it comes out too large by about (G - 1)(E - 1) / 2n (Miller 1955);
+    those of one text are not independent, so a small value says little.
+
+    Args:
+        counts_LGE: Assignments of each group to each expert.
+    """
+    total_L11 = counts_LGE.sum((1, 2), keepdim=True)
+    joint_LGE = counts_LGE / total_L11.where(total_L11 > 0, 1.0)
+    entropies = [torch.special.entr(p).flatten(1).sum(1) for p in (joint_LGE.sum(2), joint_LGE.sum(1), joint_LGE)]
+    return (entropies[0] + entropies[1] - entropies[2]).clamp(min=0.0)
+
+
+class GroupRouting(_Sums):
+    """What the rows of each group cost, and which experts serve them.
+
+    Args:
+        names: Of the groups.
+        group_of_row: [rows] number of the group of each row.
+        num_layers: Layers with experts, 0 of a dense model.
+        num_experts: Experts of each.
+
+    compute() returns float32 tensors, or {} when no token was seen:
+
+        ce                  [G]        mean loss of the group's predicted tokens, nats; 0 where there were none
+        tokens              [G]        so many there were
+        load                [L, G, E]  share of the group's assignments that each expert received; 0 where it had none
+        mutual_information  [L]        see `mutual_information`
+    """
+
+    higher_is_better = None
+    group_of_row: Tensor
+    nll_sum: Tensor
+    tokens: Tensor
+    load: Tensor
+
+    def __init__(
+        self, names: Sequence[str], group_of_row: Tensor, num_layers: int = 0, num_experts: int = 0, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.names = tuple(names)
+        self.register_buffer("group_of_row", group_of_row, persistent=False)
+        self.add_sum("nll_sum", len(names))
+        self.add_sum("tokens", len(names))
+        self.add_sum("load", num_layers, len(names), num_experts)
+
+    def update(self, nll_N: Tensor, row_N: Tensor, chosen_LTK: Tensor | None, row_T: Tensor) -> None:
+        """Add one micro-batch.
+
+        Args:
+            nll_N: [N] loss of the predicted tokens, nats.
+            row_N: [N] the row of each; -1 is none, and counts in nothing.
+            chosen_LTK: [L, T, K] experts of each token in each layer; None of a dense model.
+            row_T: [T] the row of each token; -1, padding, counts in nothing.
+        """
+        in_group_GN = self._in_group(row_N)
+        self.nll_sum += nll_N.detach().to(self.nll_sum.dtype).where(in_group_GN, 0.0).sum(1)
+        self.tokens += in_group_GN.sum(1)
+        if chosen_LTK is not None:
+            shape = (*chosen_LTK.shape[:2], self.load.shape[2])
+            served_LTE = torch.zeros(shape, dtype=torch.float32, device=chosen_LTK.device)
+            served_LTE.scatter_(2, chosen_LTK, 1.0)
+            # Exact in float32 up to 2^24 assignments of a micro-batch; autocast would round the sums to bf16.
+            with torch.autocast(chosen_LTK.device.type, enabled=False):
+                self.load += self._in_group(row_T).float() @ served_LTE
+
+    def _in_group(self, row_N: Tensor) -> Tensor:
+        group_N = self.group_of_row[row_N.clamp(min=0)].where(row_N >= 0, -1)
+        return group_N == torch.arange(len(self.names), device=row_N.device)[:, None]
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the statistics of everything seen by all ranks."""
+        if self.tokens.sum() == 0:
+            return {}
+        result = {
+            "ce": self.nll_sum / self.tokens.clamp(min=1.0),
+            "tokens": self.tokens,
+            "load": self.load / self.load.sum(-1, keepdim=True).clamp(min=1.0),
+            "mutual_information": mutual_information(self.load),
         }
         return {name: value.float() for name, value in result.items()}
 

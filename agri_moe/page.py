@@ -11,6 +11,7 @@ from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import yaml
 from matplotlib.figure import Figure
 
@@ -18,6 +19,7 @@ from agri_moe.evaluation import MEANINGS
 from agri_moe.pictures import (
     draw_attention,
     draw_compared,
+    draw_followed,
     draw_matrices,
     draw_routing,
     draw_terms,
@@ -32,6 +34,7 @@ from agri_moe.reporting import (
     say_attention,
     say_cka,
     say_experts,
+    say_groups,
     say_losses,
     say_routing,
     say_topics,
@@ -92,7 +95,8 @@ def run_page(record: Record, folder: Path) -> Path:
         _load(record),
         _routing(record),
         _experts(record),
-        _topics(record),
+        *_groups(record),
+        *_topics(record),
         _attention(record),
         Section("Configuration", html=_folded("The whole resolved config", _yaml(record.config))),
     ]
@@ -146,7 +150,14 @@ def _losses(record: Record) -> Section:
         "Each panel is one term of the loss, unweighted: blue in training, step by step, orange on the validation "
         "rows. In validation, cross-entropy is without label smoothing and the divergence at temperature 1."
     )
-    return Section("Losses", say_losses(record), [Picture("losses", figure, caption)])
+    pictures = [Picture("losses", figure, caption)]
+    if (followed := draw_followed(record)) is not None:
+        more = (
+            "What follows from cross-entropy and load: perplexity, how even the experts' load is, the share of experts "
+            "that got no token (in training, of one step), and perplexity that a collapsed router cannot hide behind."
+        )
+        pictures.append(Picture("perplexity", followed, more))
+    return Section("Losses", say_losses(record), pictures)
 
 
 def _validation(record: Record) -> Section:
@@ -246,26 +257,55 @@ def _experts(record: Record) -> Section:
     return Section(title, say_experts(record.similarity), [Picture("experts", figure, caption)])
 
 
-def _topics(record: Record) -> Section:
+def _groups(record: Record) -> list[Section]:
+    """What validation told of groups of rows, where it told any apart."""
+    by_step = {step: arrays for step, arrays in record.routing.items() if "load_by_group" in arrays}
+    if not by_step:
+        return []
+    now = by_step[max(by_step)]
+    order = np.argsort(-now["tokens"], kind="stable")
+    first = {_moment(step): by_step[step]["ce"] for step in dict.fromkeys((min(by_step), max(by_step)))}
+    names, column = now["groups"][order].tolist(), str(now["group_by"])
+    cells = [
+        (name, f"{now['tokens'][g]:,.0f}", *(_number(float(ce_G[g])) for ce_G in first.values()))
+        for name, g in zip(names, order.tolist(), strict=True)
+    ]
+    losses = table(cells, (column, "tokens", *(f"cross-entropy {moment}" for moment in first)))
+    load_LGE = now["load_by_group"][:, order]
+    said = [*say_groups(by_step), *_explain(column, len(names))]
+    html = losses + _by_layer(range(len(load_LGE)), load_LGE, names)
+    return [Section("Groups of the validation rows", said, html=html)]
+
+
+def _topics(record: Record) -> list[Section]:
     title = "Experts by topic"
     found = record.similarity
     if "load_by_group" not in found:
+        if any("load_by_group" in arrays for arrays in record.routing.values()):
+            return []
         how = SIMILARITY.format(run=record.run.folder, more=" --group_by COLUMN")
-        return Section(title, _missing(f"For a model with experts, {how}"))
+        return [Section(title, _missing(f"For a model with experts, data.group_by does that in a run. Or {how}"))]
     groups, column = found["groups"].tolist(), str(found["group_by"])
+    said = [*say_topics(found), *_explain(column, len(groups))]
+    return [Section(title, said, html=_by_layer(found["expert_layers"].tolist(), found["load_by_group"], groups))]
+
+
+def _explain(column: str, groups: int) -> list[str]:
     said = [
-        *say_topics(found),
         f"Rows are the values of {column}, columns the experts; a cell is the share of that value's assignments in the "
-        "layer that the expert got.",
+        "layer that the expert got."
     ]
-    if len(groups) > TOPICS:
-        said.append(f"Shown are the {TOPICS} of {len(groups):,} values with the most tokens.")
-    layers = found["expert_layers"].tolist()
+    if groups > TOPICS:
+        said.append(f"Of experts, the {TOPICS} of {groups:,} values with the most tokens are shown.")
+    return said
+
+
+def _by_layer(layers: Iterable[int], load_LGE: Any, groups: Sequence[str]) -> str:
     tables = [
         f"<h3>layer {layer}</h3>{heat_table(load_GE[:TOPICS], groups[:TOPICS])}"
-        for layer, load_GE in zip(layers, found["load_by_group"], strict=True)
+        for layer, load_GE in zip(layers, load_LGE, strict=True)
     ]
-    return Section(title, said, html=f'<div class="side">{"".join(f"<div>{t}</div>" for t in tables)}</div>')
+    return f'<div class="side">{"".join(f"<div>{t}</div>" for t in tables)}</div>'
 
 
 def _attention(record: Record) -> Section:

@@ -27,7 +27,13 @@ TITLES = {
     "balance": "balance: 1 is even",
     "router_z": "router_z: z-loss",
 }
-NOT_TERMS = ("learning_rate", "gradient_norm", "stage", "temperature")
+FOLLOWED = {
+    "perplexity": "perplexity",
+    "balanced_perplexity": "balanced perplexity",
+    "balance_score": "balance score: 1 is even",
+    "dead_experts": "share of dead experts",
+}
+NOT_TERMS = ("learning_rate", "gradient_norm", "stage", "temperature", *FOLLOWED)
 
 
 def png(figure: Figure) -> bytes:
@@ -41,15 +47,24 @@ def draw_terms(record: Record) -> Figure | None:
     """A panel for each term, training and validation; None if nothing was logged."""
     names = [name.removeprefix("train/") for name in record.curves if name.startswith("train/")]
     terms = [name for name in names if name not in NOT_TERMS and "/" not in name]
-    if not terms:
+    return _draw_splits(record, {term: TITLES.get(term, term) for term in terms})
+
+
+def draw_followed(record: Record) -> Figure | None:
+    """The same for what follows from the terms: perplexity, balance, dead experts."""
+    return _draw_splits(record, {name: title for name, title in FOLLOWED.items() if f"train/{name}" in record.curves})
+
+
+def _draw_splits(record: Record, titles: Mapping[str, str]) -> Figure | None:
+    if not titles:
         return None
-    figure, panels = _grid(len(terms), 3.6, 2.6)
-    for axes, term in zip(panels, terms, strict=True):
+    figure, panels = _grid(len(titles), 3.6, 2.6)
+    for axes, (term, title) in zip(panels, titles.items(), strict=True):
         for split, style in (("train", {"color": "tab:blue"}), ("val", {"color": "tab:orange", "marker": "o"})):
             curve = record.curves.get(f"{split}/{term}")
             if curve is not None:
                 _plot(axes, f"{split}/{term}", curve, split, **style)
-        axes.set_title(TITLES.get(term, term))
+        axes.set_title(title)
         _log_if_wide(axes, [record.curves[f"train/{term}"]])
     panels[0].legend()
     return figure

@@ -8,7 +8,7 @@ Nothing here imports torch: a report is read from files.
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -92,7 +92,8 @@ class Record:
         images: Logged pictures by their names, PNG, first one first.
         seconds: From the first to the last entry of each process that trained; None without TensorBoard's files.
         cka: Step -> `cka` [student layers, teacher layers], as CKAMonitor left them.
-        routing: Step -> `load` [L, E], `normalized_entropy` and `balance` [L], as RouterMonitor left them.
+        routing: Step -> `load` [L, E], `normalized_entropy` and `balance` [L], and what it says of groups of rows, as
+            RouterMonitor left them.
         attention: Step -> `share` [L], as AttentionMonitor left them.
         samples: Step -> answers, as SampleAdvisories left them.
         similarity: What `similarity` wrote into the run's folder; empty if it did not.
@@ -341,7 +342,8 @@ METRICS = {
     "perplexity": "exp of the cross-entropy",
     "perplexity_thought": "the same on the thought",
     "perplexity_assistant": "the same on the advisory",
-    "balanced_perplexity": "perplexity, times exp(1 - balance_score)",
+    "balanced_perplexity": "perplexity, times exp(beta (1 - balance_score)), beta being model.balance_beta",
+    "group_information": "what an expert tells of the group of a token's row, nats; 0: nothing",
     "mse": "mean square of what the mixtures' outputs differ by from the networks'",
     "relative_error": "norm of the differences over the norm of the networks' outputs",
     "cosine": "mean cosine of the two outputs; 1: alike",
@@ -357,7 +359,8 @@ def evaluation(record: Record) -> list[Row]:
         if name.startswith("val/") and "/layer_" not in name:
             before = curve.first if curve.steps[0] == 0 and len(curve.steps) > 1 else None
             metric = name.removeprefix("val/")
-            rows.append(Row(metric, METRICS.get(metric, ""), before, curve.last))
+            meaning = "cross-entropy on this group of rows" if metric.startswith("ce/") else METRICS.get(metric, "")
+            rows.append(Row(metric, meaning, before, curve.last))
     order = list(METRICS)
     return sorted(rows, key=lambda row: order.index(row.metric) if row.metric in order else len(order))
 
@@ -488,14 +491,29 @@ def say_experts(similarity: Mapping[str, Array]) -> list[str]:
 
 def say_topics(similarity: Mapping[str, Array]) -> list[str]:
     """Which expert has made which topic its own."""
-    load_LGE, groups = similarity["load_by_group"], similarity["groups"].tolist()
+    layers = similarity["expert_layers"].tolist()
+    return _say_specialist(similarity["load_by_group"], similarity["groups"].tolist(), layers)
+
+
+def say_groups(by_step: Mapping[int, Mapping[str, Array]]) -> list[str]:
+    """Which expert has made which group of the validation rows its own; step -> what `Record.routing` has of groups."""
+    steps = list(by_step)
+    now, before = by_step[steps[-1]], by_step[steps[0]]
+    said = _say_specialist(now["load_by_group"], now["groups"].tolist(), list(range(len(now["load_by_group"]))))
+    most = np.log(min(now["load_by_group"].shape[1:]))
+    text = f"What an expert tells of the group of a token's row is {now['mutual_information'].mean():.4f} nats"
+    if len(steps) > 1:
+        text += f", and was {before['mutual_information'].mean():.4f} at step {steps[0]:,}"
+    return [*said, f"{text}, mean over layers; {most:.2f} would tell it wholly."]
+
+
+def _say_specialist(load_LGE: Array, groups: Sequence[str], layers: Sequence[int]) -> list[str]:
     # Against what the expert gets of all topics: a busy expert is no specialist.
     above_LGE = load_LGE - load_LGE.mean(1, keepdims=True)
     layer, group, expert = np.unravel_index(int(above_LGE.argmax()), above_LGE.shape)
     said = [
-        f"Experts of layer {similarity['expert_layers'][layer]} differ most: expert {expert} gets "
-        f"{load_LGE[layer, group, expert]:.0%} of {groups[group]}, and {load_LGE[layer, :, expert].mean():.0%} of a "
-        "topic on the mean."
+        f"Experts of layer {layers[layer]} differ most: expert {expert} gets {load_LGE[layer, group, expert]:.0%} of "
+        f"{groups[group]}, and {load_LGE[layer, :, expert].mean():.0%} of a topic on the mean."
     ]
     if above_LGE.max() < SPECIALIST:
         said.append("That is little: the experts hardly tell these topics apart.")

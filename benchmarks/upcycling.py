@@ -4,8 +4,8 @@
     python benchmarks/upcycling.py --full_vocabulary         the main result at Qwen3's whole vocabulary
     python benchmarks/upcycling.py --table                   print what is there, train nothing
 
-A small dense model is trained on real text (see real_text.py) until its held-out loss falls no further. From there on
-all go on with the same documents in the same order, at the same learning rate:
+A small dense model is trained on one half of the real text (see real_text.py) until its held-out loss falls no
+further. From there on all go on with the other half, in the same order and at the same learning rate:
 
     dense      the dense model itself
     naive      eight copies of each FFN, top-2, a random router (Komatsuzaki et al. 2023)
@@ -23,6 +23,7 @@ A finished cell is a JSON file in DIR, as in ablation.py; started again, the scr
 
 import argparse
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -72,7 +73,7 @@ class Setting:
     dense_steps: int = 4000  # at most: it ends at its plateau
     dense_rate: float = 3e-3
     dense_check_every: int = 200
-    steps: int = 500  # of the mixtures
+    steps: int = 400  # of the mixtures
     rate: float = 1e-3
     check_every: int = 100
     whole_vocabulary: bool = False
@@ -86,8 +87,9 @@ class Curve(lightning.Callback):
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Keep them."""
-        found = {key.removeprefix("val/"): float(value) for key, value in trainer.callback_metrics.items()}
-        self.points[trainer.global_step] = {name: found[name] for name in MEASURES if name in found}
+        metrics = trainer.callback_metrics.items()
+        found = {name.removeprefix("val/"): float(value) for name, value in metrics if name.startswith("val/")}
+        self.points[trainer.global_step] = found
 
 
 class Continued:
@@ -105,7 +107,7 @@ class Continued:
         if not self.small.exists():
             partial = self.small.with_name("small_tokenizer.partial")
             partial.mkdir(parents=True, exist_ok=True)
-            texts = [document["text"] for split in self.files for document in documents(split)]
+            texts = [document["text"] for part in self.files for document in documents(part)]
             write_small_tokenizer(DATA / "qwen3-0.6b", partial, texts, DEFAULT_FORMAT)
             partial.rename(self.small)
         self.tokenizer = DATA / "qwen3-0.6b" if setting.whole_vocabulary else self.small
@@ -116,27 +118,36 @@ class Continued:
         config = qwen3(setting.width, setting.layers, setting.inner)
         return config | {"model_type": setting.family, "head_dim": 32}
 
-    def data(self, seed: int) -> TextDataModule:
-        """The documents in the order of a seed."""
+    def data(self, seed: int, train: Path) -> TextDataModule:
+        """The documents of a file in the order of a seed."""
         return TextDataModule(
             tokenizer=str(self.tokenizer),
-            train=str(self.files["train"]),
+            train=str(train),
             validation=str(self.files["validation"]),
             block_size=self.setting.block_size,
             tokens_per_batch=self.setting.tokens_per_batch,
             seed=seed,
             cache_dir=str(self.output / "cache"),
+            group_by="domain",
         )
 
     def fit(
-        self, network: dict[str, Any], rate: float, steps: int, every: int, seed: int, callback: lightning.Callback
+        self,
+        network: dict[str, Any],
+        data: TextDataModule,
+        callback: lightning.Callback,
+        *,
+        rate: float,
+        steps: int,
+        every: int,
+        seed: int,
     ) -> LanguageModule:
         """Train one model."""
         lightning.seed_everything(seed, verbose=False)
         settings = {"learning_rate": rate, "optimizer": {"warmup_steps": 30, "schedule": "inverse_sqrt"}}
         module = build("pretrain.PretrainModule", {"network": network, "objective": OBJECTIVE} | settings)
         checks = {"val_check_interval": every, "check_val_every_n_epoch": None}
-        trainer(max_steps=steps, callbacks=[callback], **checks).fit(module, datamodule=self.data(seed))
+        trainer(max_steps=steps, callbacks=[callback], **checks).fit(module, datamodule=data)
         return module
 
     # ------------------------------------------------------------------ the dense model
@@ -164,8 +175,10 @@ class Continued:
 
         def train() -> dict[str, Any]:
             plateau = Plateau(patience=2)
+            rate, steps, every = setting.dense_rate, setting.dense_steps, setting.dense_check_every
+            network = {"config": self.shape()}
             module = self.fit(
-                {"config": self.shape()}, setting.dense_rate, setting.dense_steps, setting.dense_check_every, 0, plateau
+                network, self.data(0, self.files["first"]), plateau, rate=rate, steps=steps, every=every, seed=0
             )
             module.model.hf.load_state_dict(plateau.weights)
             module.model.hf.save_pretrained(folder)
@@ -199,8 +212,11 @@ class Continued:
             curve = Curve()
             steps, every = self.setting.steps, self.setting.check_every
             if arm == "dense":  # as long as the mixtures' operations would last it, to the next check
-                steps = -(-round(steps * self.ratio()) // every) * every
-            self.fit(self.network(arm, seed), self.setting.rate, steps, every, seed, curve)
+                steps = math.ceil(steps * self.ratio() / every) * every
+            network, rate = self.network(arm, seed), self.setting.rate
+            self.fit(
+                network, self.data(seed, self.files["second"]), curve, rate=rate, steps=steps, every=every, seed=seed
+            )
             return {"curve": curve.points}
 
         return remember(self.output, f"{self.setting.family}_{arm}_{seed}", self.config(arm, seed), train)
@@ -221,8 +237,9 @@ class Continued:
         attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim
         matrices = Matrices(body, body, attention, config.vocab_size * config.hidden_size, True)
         length = self.setting.block_size
-        sizes = {"length": length, "teacher_length": 0, "supervised": 1.0, "taught": 0.0}
-        return work(matrices, None, None, recompute=False, **sizes).total
+        return work(
+            *(matrices, None, None), length=length, teacher_length=0, supervised=1.0, taught=0.0, recompute=False
+        ).total
 
     def config(self, arm: str, seed: int) -> dict[str, Any]:
         """What the result of a cell depends on."""

@@ -12,12 +12,14 @@ from torchmetrics import Metric
 from agri_moe.losses import linear_cka, routing, token_statistics
 from agri_moe.metrics import (
     CKAMatrix,
+    GroupRouting,
     RoutingStatistics,
     SegmentLoss,
     TeacherAgreement,
     TermMean,
     balance_score,
     balanced_perplexity,
+    mutual_information,
 )
 
 SEGMENTS = {"thought": 3, "assistant": 4}
@@ -184,6 +186,65 @@ def test_balanced_perplexity():
     assert balanced_perplexity(2.0, 0.5, beta=3.0).item() == pytest.approx(math.exp(2) * math.exp(1.5))
     per_layer = balanced_perplexity(torch.tensor(1.0), torch.tensor([1.0, 0.0]))
     torch.testing.assert_close(per_layer, torch.tensor([1.0, 2.0]).exp())
+
+
+# ----------------------------------------------------------------------------------------- GroupRouting
+
+
+def test_mutual_information_by_hand():
+    counts = torch.tensor(
+        [
+            [[4.0, 0], [0, 4]],  # the expert tells the group: log 2
+            [[3, 1], [3, 1]],  # it tells nothing
+            [[2, 0], [1, 1]],  # H(1/2, 1/2) + H(3/4, 1/4) - H(1/2, 1/4, 1/4) = 3/2 log 2 - 3/4 log 3
+            [[5, 2], [0, 0]],  # there is one group only
+            [[0, 0], [0, 0]],
+        ]
+    )
+    expected = [math.log(2), 0, 1.5 * math.log(2) - 0.75 * math.log(3), 0, 0]
+    assert mutual_information(counts).tolist() == pytest.approx(expected, abs=1e-6)
+    assert mutual_information(1000 * counts).tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_group_routing_by_hand():
+    metric = GroupRouting(["धान", "चना", "none"], torch.tensor([1, 0, 1]), num_layers=1, num_experts=3)
+    assert metric.compute() == {}
+    # Rows 0, 0, 2 are of the second group and row 1 of the first; -1 is padding, whatever stands there.
+    chosen = torch.tensor([[[0, 1], [0, 1], [1, 2], [0, 2], [0, 1]]])
+    metric.update(
+        torch.tensor([1.0, 2.0, 5.0, float("nan")]), torch.tensor([0, 2, 1, -1]), chosen, torch.tensor([0, 0, 1, 2, -1])
+    )
+    result = metric.compute()
+    assert result["ce"].tolist() == [5.0, 1.5, 0.0]
+    assert result["tokens"].tolist() == [1, 2, 0]
+    torch.testing.assert_close(
+        result["load"], torch.tensor([[[0, 1, 1], [3, 2, 1], [0, 0, 0]]]) / torch.tensor([[[2.0], [6], [1]]])
+    )
+    torch.testing.assert_close(
+        result["mutual_information"], mutual_information(torch.tensor([[[0.0, 1, 1], [3, 2, 1]]]))
+    )
+
+
+def test_group_routing_adds_up_to_the_routing_of_all_tokens_and_across_ranks():
+    torch.manual_seed(0)
+    group_of_row, updates = torch.tensor([0, 1, 1, 0]), []
+    whole = RoutingStatistics(2, 5)
+    for n in (7, 1, 12):
+        logits, row = torch.randn(2, n, 5), torch.randint(-1, 4, (n,))
+        whole.update(routed(logits, 2, row >= 0))
+        updates.append((torch.rand(n), row, logits.topk(2).indices, row))
+    metric = GroupRouting(["a", "b"], group_of_row, 2, 5)
+    for update in updates:
+        metric.update(*update)
+    assert torch.equal(metric.load.sum(1), whole.load)
+    assert_ranks_agree(GroupRouting(["a", "b"], group_of_row, 2, 5), updates)
+
+
+def test_groups_of_a_dense_model_have_losses_only():
+    metric = GroupRouting(["a", "b"], torch.tensor([1, 0]))
+    metric.update(torch.tensor([1.0, 3.0]), torch.tensor([0, 1]), None, torch.tensor([0, 1]))
+    assert metric.compute()["ce"].tolist() == [3.0, 1.0]
+    assert metric.compute()["mutual_information"].shape == (0,)
 
 
 # -------------------------------------------------------------------------------------------- CKAMatrix

@@ -135,7 +135,16 @@ def test_a_run_and_its_page(distill_config, corpus, teacher, tmp_path, capsys, m
     assert set(pictures) == set(beside.values())
     assert set(beside) == {
         f"{name}.png"
-        for name in ("losses", "cka", "expert_load", "routing", "experts", "attention", "attention_map_first")
+        for name in (
+            "losses",
+            "perplexity",
+            "cka",
+            "expert_load",
+            "routing",
+            "experts",
+            "attention",
+            "attention_map_first",
+        )
     } | {"attention_map_last.png"}
     assert all(picture.startswith(b"\x89PNG") for picture in pictures)
     row = pq.read_table(rows).slice(0, 1).to_pylist()[0]

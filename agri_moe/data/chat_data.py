@@ -17,6 +17,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
 from agri_moe.data.chat import DEFAULT_FORMAT, Chat, ChatFormat, render_scenario, usable_text
+from agri_moe.data.groups import Groups, check_group_by, grouped
 from agri_moe.data.packing import PackedRows, check_trainer
 from agri_moe.data.rows import (
     BadRows,
@@ -68,6 +69,8 @@ class ChatDataModule(StreamingDataModule):
         streaming: Reads and tokenises on the fly, each rank its own row groups and files: for data that fits no disk.
         shuffle_buffer: Streamed rows that each worker holds and shuffles at a time; 1 keeps them in the files' order.
         cache_dir: Folder of the tokenised rows; Hugging Face's own by default.
+        group_by: Column, or struct.field such as scenario.crop, by which validation and test sort their rows into
+            groups, at most 64: they then tell the loss of each, and which experts serve it. A row without is a bad row.
 
     Attributes:
         teacher_view: How the teacher reads the rows, if not as the student does; by default what the module in
@@ -94,6 +97,7 @@ class ChatDataModule(StreamingDataModule):
         streaming: bool = False,
         shuffle_buffer: int = 4096,
         cache_dir: str | None = None,
+        group_by: str | None = None,
     ) -> None:
         super().__init__()
         self.tokenizer = tokenizer
@@ -111,6 +115,7 @@ class ChatDataModule(StreamingDataModule):
         self.streaming = streaming
         self.shuffle_buffer = shuffle_buffer
         self.cache_dir = cache_dir
+        self.group_by = group_by
         self.rejected: list[Rejected] = []
         self.teacher_view: TeacherView | None = None
         self._rows: dict[str, Rows] = {}
@@ -133,6 +138,7 @@ class ChatDataModule(StreamingDataModule):
                 wanted = {**dict(zip(REQUIRED, REQUIRED, strict=True)), **self.columns}
                 of_each(self._sources(split), functools.partial(check_columns, wanted=wanted))
         check_held_out(self)
+        check_group_by(self)
         _ = self.chat
 
     def prepare_data(self) -> None:
@@ -153,6 +159,7 @@ class ChatDataModule(StreamingDataModule):
             self.rows("validation")
         else:
             self.rows("test")
+        self.groups("test" if stage in ("test", "predict") else "validation")
 
     def rows(self, split: Split) -> Rows:
         """The usable rows of a split, loaded when first asked for."""
@@ -170,6 +177,13 @@ class ChatDataModule(StreamingDataModule):
             self._rows.update(train=kept, validation=held_out)
         return self._rows[split]
 
+    def groups(self, split: Split) -> Groups | None:
+        """Which group each row of a split belongs to; None where `group_by` is not set, or there are no rows."""
+        found = self.rows(split).groups
+        if found is not None and self.group_by is not None:
+            found.check(self.group_by)
+        return found
+
     def read(self, split: Split) -> Loaded:
         """Usable and rejected rows of a split's own sources, whatever the policy on bad rows."""
         return load(
@@ -184,6 +198,7 @@ class ChatDataModule(StreamingDataModule):
             num_proc=self.num_proc,
             cache_dir=self.cache_dir,
             view=self._view,
+            group_by=self.group_by if grouped(self, split) else None,
         )
 
     @property

@@ -19,6 +19,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from agri_moe.data.chat import Chat, ChatFormat
+from agri_moe.data.groups import Groups, group_of, missing_group
 from agri_moe.data.packing import SEGMENTS, PackedRows, StepSampler, count_targets, pack, step_loader
 from agri_moe.data.sources import RawRow, Source, file_stamp, hub_dataset, read_rows
 from agri_moe.data.teacher_view import TeacherRow, TeacherView
@@ -57,6 +58,7 @@ class Rows:
         counts: [rows, 2, S] targets by segment, and those of them that the teacher is not asked for.
         places: [rows] the hash in [0, 1) of what must not stand in two splits.
         aligned: [rows, 2] tokens of the answer that align with the teacher's view, and tokens of the answer.
+        groups: Which rows belong together, where the data module was told a column that says so.
     """
 
     table: Any
@@ -64,6 +66,7 @@ class Rows:
     counts: np.ndarray[Any, Any]
     places: np.ndarray[Any, Any]
     aligned: np.ndarray[Any, Any] | None = None
+    groups: Groups | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -79,7 +82,9 @@ class Rows:
     def select(self, chosen: np.ndarray[Any, Any]) -> Rows:
         """The rows at these positions."""
         aligned = None if self.aligned is None else self.aligned[chosen]
-        return Rows(self.table.select(chosen), self.lengths[chosen], self.counts[chosen], self.places[chosen], aligned)
+        groups = None if self.groups is None else self.groups.select(chosen)
+        arrays = (self.lengths[chosen], self.counts[chosen], self.places[chosen])
+        return Rows(self.table.select(chosen), *arrays, aligned, groups)
 
 
 class Loaded(NamedTuple):
@@ -134,15 +139,18 @@ def load(
     num_proc: int = 1,
     cache_dir: str | None = None,
     view: TeacherView | None = None,
+    group_by: str | None = None,
 ) -> Loaded:
     """Tokenises the rows of the sources, or reads them from the cache, and tells usable rows from bad ones.
 
     The cache is keyed by what the result depends on, not by pickled code: files (size and time of change),
-    tokenizer, format, `signature` and the teacher's view. `max_length` and `min_aligned` are not in it: changing them
-    tokenises nothing anew.
+    tokenizer, format, `signature`, the teacher's view and `group_by`. `max_length` and `min_aligned` are not in it:
+    changing them tokenises nothing anew.
     """
     import datasets
 
+    if columns is not None and group_by is not None:
+        columns = columns | {group_by.split(".")[0]}
     if not any(next(read_rows(source, columns=columns), None) for source in sources):
         return Loaded(Rows.none(), [], 0)  # datasets cannot write a table without rows
     digest = hashlib.sha256(chat.tokenizer.backend_tokenizer.to_str().encode())
@@ -150,16 +158,19 @@ def load(
     digest.update(repr([_stamp(source) for source in sources]).encode())
     if view is not None:
         digest.update(view.fingerprint.encode())
+    if group_by is not None:
+        digest.update(repr(("group_by", group_by)).encode())
     many = num_proc > 1 and len(sources) > 1
     try:
         table = datasets.Dataset.from_generator(
             _records,
-            features=_features(texts, view is not None),
+            features=_features(texts if group_by is None else (*texts, "group"), view is not None),
             cache_dir=cache_dir,
             gen_kwargs={
                 "job": list(enumerate(sources)),
                 "encode": encode,
                 "columns": columns,
+                "group_by": group_by,
                 # Another process loads a tokenizer of its own; this one has it already.
                 "chat": (tokenizer, chat.format) if many else chat,
             },
@@ -201,14 +212,24 @@ def _records(
     job: list[tuple[int, Source]],
     encode: Encode,
     columns: set[str] | None,
+    group_by: str | None,
     chat: Chat | tuple[str, ChatFormat],
 ) -> Iterator[Record]:
     """The records of some of the sources."""
     chat = chat if isinstance(chat, Chat) else Chat.load(*chat)
     for file, source in job:
         for raw in read_rows(source, columns=columns):
-            for one in encode(chat, raw):
+            records = encode(chat, raw)
+            for one in records if group_by is None else _grouped(records, raw, group_by):
                 yield {"file": file, "row": raw.number, **one}
+
+
+def _grouped(records: list[Record], raw: RawRow, group_by: str) -> list[Record]:
+    """The records of a row with its group; a row without one cannot be used."""
+    group = group_of(raw.values, group_by)
+    if group is None:
+        records = [{**records[0], "reason": records[0]["reason"] or missing_group(group_by)}]
+    return [{**one, "group": group} for one in records]
 
 
 def _sort_out(table: Any, sources: list[Source], max_length: int, view: TeacherView | None) -> Loaded:
@@ -228,6 +249,8 @@ def _sort_out(table: Any, sources: list[Source], max_length: int, view: TeacherV
     stacked = np.concatenate(counts) if counts else np.zeros((0, 2, SEGMENTS), np.int64)
     good = np.setdiff1d(np.arange(len(table)), np.array(list(reasons), dtype=np.int64))
     rows = Rows(table, column["length"], stacked, column["place"], aligned).select(good)
+    if "group" in table.column_names:
+        rows = dataclasses.replace(rows, groups=Groups.of(arrow["group"].take(good).to_pylist()))
     total = len(
         {*zip(column["file"].tolist(), column["row"].tolist(), strict=True)}
     )  # a text has several records a row

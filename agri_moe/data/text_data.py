@@ -16,6 +16,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from agri_moe.data.chat import DEFAULT_FORMAT, Chat, ChatFormat, Segment, usable_text
+from agri_moe.data.groups import Groups, check_group_by, grouped
 from agri_moe.data.packing import PackedRows, check_trainer
 from agri_moe.data.rows import (
     BadRows,
@@ -57,6 +58,9 @@ class TextDataModule(StreamingDataModule):
         streaming: Reads and tokenises on the fly, each rank its own row groups and files: for data that fits no disk.
         shuffle_buffer: Streamed documents that each worker holds and shuffles at a time; 1 keeps the files' order.
         cache_dir: Folder of the tokenised documents; Hugging Face's own by default.
+        group_by: Column, or struct.field, by which validation sorts its documents into groups, such as topics or
+            languages, at most 64: it then tells the loss of each, and which experts serve it. A document without is a
+            bad row.
     """
 
     def __init__(
@@ -78,6 +82,7 @@ class TextDataModule(StreamingDataModule):
         streaming: bool = False,
         shuffle_buffer: int = 4096,
         cache_dir: str | None = None,
+        group_by: str | None = None,
     ) -> None:
         super().__init__()
         self.tokenizer = tokenizer
@@ -95,6 +100,7 @@ class TextDataModule(StreamingDataModule):
         self.streaming = streaming
         self.shuffle_buffer = shuffle_buffer
         self.cache_dir = cache_dir
+        self.group_by = group_by
         self.rejected: list[Rejected] = []
         self._rows: dict[str, Rows] = {}
         self._row_stream: RowStream | None = None
@@ -113,6 +119,7 @@ class TextDataModule(StreamingDataModule):
                 ask = functools.partial(check_columns, wanted=wanted, remedy="data.text_column: NAME")
                 of_each(self._sources(split), ask)
         check_held_out(self)
+        check_group_by(self)
         _ = self.chat
 
     def prepare_data(self) -> None:
@@ -128,10 +135,19 @@ class TextDataModule(StreamingDataModule):
                 self._rows_to_stream().check(self.trainer.world_size if self.trainer is not None else 1)
             else:
                 self.rows("train")
-        self.rows("validation")
+        self.groups("validation")
+
+    def groups(self, split: str) -> Groups | None:
+        """Which group each piece of a split belongs to; None where `group_by` is not set, or there are none."""
+        found = self.rows(split).groups
+        if found is not None and self.group_by is not None:
+            found.check(self.group_by)
+        return found
 
     def rows(self, split: str) -> Rows:
-        """The pieces of a split (train or validation), loaded when first asked for."""
+        """The pieces of a split (train or validation, which is the test's too), loaded when first asked for."""
+        if split == "test":
+            return self.rows("validation")
         if split in self._rows:
             return self._rows[split]
         if self.validation is not None:
@@ -174,6 +190,7 @@ class TextDataModule(StreamingDataModule):
             max_length=self.block_size,
             num_proc=self.num_proc,
             cache_dir=self.cache_dir,
+            group_by=self.group_by if grouped(self, split) else None,
         )
         warning = apply_policy(loaded, f"data.{split}", self.bad_rows, self.max_skipped_share)
         if warning:

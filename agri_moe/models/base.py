@@ -22,10 +22,12 @@ from agri_moe.evaluation import Evaluation, Measure, Row, score_answers
 from agri_moe.generation import generate
 from agri_moe.losses import Routing, routing, token_statistics
 from agri_moe.metrics import (
+    GroupRouting,
     RoutingStatistics,
     SegmentLoss,
     TeacherAgreement,
     TermMean,
+    balance_score,
     balanced_perplexity,
     tokens_seen,
 )
@@ -61,6 +63,8 @@ class LanguageModule(TrainingModule, ABC):
             from the weights that the one before it left, only that the rows go on. None is one stage.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
         max_new_tokens: Where `test` and `predict` cut answers off; at 0 `test` has none written.
+        balance_beta: Weight of imbalance in the balanced perplexity, exp(CE) exp(beta (1 - B)) with B the mean over the
+            layers of the normalised entropy of the experts' load; no part of the loss.
 
     Attributes:
         evaluation: What the last `test` found.
@@ -81,6 +85,7 @@ class LanguageModule(TrainingModule, ABC):
         stages: list[Stage] | None = None,
         gradient_checkpointing: bool = False,
         max_new_tokens: int = 512,
+        balance_beta: float = 1.0,
     ):
         super().__init__()
         self.optimizer_config = optimizer or OptimizerConfig()
@@ -95,6 +100,9 @@ class LanguageModule(TrainingModule, ABC):
         )
         self.gradient_checkpointing = gradient_checkpointing
         self.max_new_tokens = max_new_tokens
+        self.balance_beta = balance_beta
+        self.val_groups: GroupRouting | None = None  # where the data module sorts its rows into groups
+        self._step_load: Tensor | None = None  # [L, E] assignments of the step's micro-batches
         self._answered: list[Row] = []  # rows of a test with the model's answers
         self._step_terms: dict[str, Tensor] = {}
         self._spans: list[range] | None = None  # of the stages, while fitting
@@ -117,6 +125,8 @@ class LanguageModule(TrainingModule, ABC):
         self.optimizer_config.check()
         if self.max_new_tokens < 0:
             raise ValueError(f"model.max_new_tokens is {self.max_new_tokens}: it must be at least 0.")
+        if self.balance_beta < 0:
+            raise ValueError(f"model.balance_beta is {self.balance_beta:g}: it must be at least 0.")
         config = self.model_config.hf_config(self.model_key, chat)
         check_vocabulary(self.model_config.source, config, chat, f"{self.model_key}.source")
         if any(objective.uses("diversity") for objective in self.objectives) and not is_moe(config):
@@ -453,6 +463,8 @@ class LanguageModule(TrainingModule, ABC):
         terms |= objective.sample_terms(out, signal, anchor, routed, batch, plan=self.plan, now=now, running=running)
         terms |= self.own_terms(out, batch, signal)
         self._keep(terms)
+        if routed is not None:
+            self._step_load = routed.load_LE if self._step_load is None else self._step_load + routed.load_LE
         # DDP waits for the gradients of projections too, in a stage or step that does not use them.
         idle = [projected[:0].sum() for projected in out.projected.values()]
         loss = torch.stack([*(term.loss for term in terms.values()), *idle]).sum()
@@ -485,27 +497,41 @@ class LanguageModule(TrainingModule, ABC):
         """Log each term of the finished step, unweighted: its sum over micro-batches and ranks by its count."""
         for parameter in self._resting:  # before clipping: it neither moves nor counts in the norm
             parameter.grad = None
-        sums = torch.cat(list(self._step_terms.values()))
-        sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
-        parts = sums.split([len(part) for part in self._step_terms.values()])
+        kept = list(self._step_terms.values())
+        if self._step_load is not None:
+            kept.append(self._step_load.flatten())
+        sums = self.trainer.strategy.reduce(torch.cat(kept), reduce_op="sum")
+        parts = sums.split([len(part) for part in kept])
         running = self.running
         if "teacher_entropy" in running:  # the one that this step took, before the mean moves on
             self.log("train/temperature", self.objective.temperature(self.schedule_step, running))
         values = {}
-        for name, (total, tokens, *layers) in zip(self._step_terms, parts, strict=True):
+        for name, (total, tokens, *layers) in zip(self._step_terms, parts[: len(self._step_terms)], strict=True):
             values[name] = total / tokens.clamp(min=1)
             if name in running:
                 seen = torch.stack(layers) if layers else total
                 running[name].update(seen / tokens.clamp(min=1), tokens > 0)
-        self.log_step(values)
+        load_LE = None if self._step_load is None else parts[-1].view_as(self._step_load)
+        self._step_load = None
+        self.log_step(values, self._told(values["ce"], load_LE))
         self.log("train/learning_rate", self.learning_rate_now())
         if self.stage_config is not None:
             self.log("train/stage", float(self.stage_index + 1))
         self._step_terms.clear()
 
-    def log_step(self, values: dict[str, Tensor]) -> None:
-        """Log the terms of a finished step."""
+    def _told(self, ce: Tensor, load_LE: Tensor | None) -> dict[str, Tensor]:
+        """What follows from a step's cross-entropy (as its loss has it, label smoothing included) and load."""
+        values = {"perplexity": ce.exp()}
+        if load_LE is not None:
+            values["balance_score"] = balance_score(load_LE).mean()
+            values["dead_experts"] = (load_LE == 0).float().mean()
+            values["balanced_perplexity"] = balanced_perplexity(ce, values["balance_score"], self.balance_beta)
+        return values
+
+    def log_step(self, values: dict[str, Tensor], told: dict[str, Tensor]) -> None:
+        """Log the terms of a finished step, and what follows from them."""
         self.log_dict({f"train/{name}": value for name, value in values.items()}, prog_bar=True)
+        self.log_dict({f"train/{name}": value for name, value in told.items()})
 
     def configure_gradient_clipping(
         self,
@@ -553,6 +579,12 @@ class LanguageModule(TrainingModule, ABC):
         routed = self.routing(out.router_logits, batch)
         if routed is not None:
             self.val_routing.update(routed)
+        if self.val_groups is not None:
+            # The tokens that `val/ce` counts, so that it is the mean of the groups' losses.
+            counted = torch.isin(batch["segments"], batch["segments"].new_tensor(list(self.val_loss.segments.values())))
+            row_T = batch["row_ids"].flatten()
+            row_N = row_T[batch["positions"]].where(counted, -1)
+            self.val_groups.update(out.read.nll_N, row_N, self._chosen(out.router_logits), row_T)
         terms = self.objective.sample_terms(
             out, signal, anchor, routed, batch, plan=self.plan, now=Moment(), running=self.running
         )
@@ -564,6 +596,23 @@ class LanguageModule(TrainingModule, ABC):
             if term.layers is not None and layers:
                 for layer, value in zip(layers, term.layers, strict=True):
                     self._val_term(layer_name(name, layer)).update(value, term.tokens)
+
+    def _chosen(self, router_logits: list[Tensor]) -> Tensor | None:
+        """Experts of each token [L, T, K], by the float32 softmax as transformers chooses; None for a dense model."""
+        if not router_logits:
+            return None
+        return torch.stack([x.float().softmax(-1).topk(self.model.top_k).indices for x in router_logits])
+
+    def _sort_rows(self, split: str) -> None:
+        """Get ready to tell groups of rows apart, where the data module has any."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        groups = data.groups(split) if getattr(data, "group_by", None) else None
+        if groups is None:
+            self.val_groups = None
+            return
+        of_row = torch.from_numpy(groups.of_row)
+        metric = GroupRouting(groups.names, of_row, len(self.model.routers), self.model.num_experts)
+        self.val_groups = metric.to(self.device)
 
     def _val_term(self, name: str) -> TermMean:
         return cast(TermMean, self.val_terms[name])
@@ -594,9 +643,14 @@ class LanguageModule(TrainingModule, ABC):
             for row, answer in zip(batch, answers, strict=True)
         ]
 
+    def on_validation_epoch_start(self) -> None:
+        """Begin with the groups of the validation rows."""
+        self._sort_rows("validation")
+
     def on_test_epoch_start(self) -> None:
-        """Begin with no answers."""
+        """Begin with no answers, and the groups of the test rows."""
         self._answered = []
+        self._sort_rows("test")
 
     def on_test_epoch_end(self) -> None:
         """Log the test, and score the answers of all ranks."""
@@ -622,6 +676,7 @@ class LanguageModule(TrainingModule, ABC):
                 values[f"{prefix}/{name}"] = value
         if self.model.routers:
             values |= {f"{prefix}/{name}": value for name, value in self._routing_values(losses).items()}
+        values |= {f"{prefix}/{name}": value for name, value in self._group_values().items()}
         self.log_dict(values)
         if prefix == "test":
             self.evaluation = Evaluation(self._measures(values))
@@ -629,6 +684,7 @@ class LanguageModule(TrainingModule, ABC):
             self.val_routing.reset()
         for used in (self.val_loss, self.val_teacher, *val_terms.values()):
             used.reset()
+        self.val_groups = None
 
     def _measures(self, values: dict[str, Tensor]) -> dict[str, Measure]:
         """What was logged of a test, with the tokens, or for a statistic of each micro-batch those, behind a number."""
@@ -640,6 +696,10 @@ class LanguageModule(TrainingModule, ABC):
         seen |= dict.fromkeys(("kl", "agreement"), tokens_seen(self.val_teacher))
         if self.model.routers:
             seen |= dict.fromkeys(("router_entropy", "balance_score", "dead_experts"), tokens_seen(self.val_routing))
+        if self.val_groups is not None:
+            by_group = tokens_seen(self.val_groups)
+            seen |= {f"ce/{name}": tokens for name, tokens in zip(self.val_groups.names, by_group, strict=True)}
+            seen["group_information"] = by_group.sum()
         measures = {}
         for key, value in values.items():
             name = key.removeprefix("test/")
@@ -658,7 +718,19 @@ class LanguageModule(TrainingModule, ABC):
             "dead_experts": stats["dead"].mean(),
         }
         if losses:
-            values["balanced_perplexity"] = balanced_perplexity(losses["loss"], values["balance_score"])
+            values["balanced_perplexity"] = balanced_perplexity(
+                losses["loss"], values["balance_score"], self.balance_beta
+            )
+        return values
+
+    def _group_values(self) -> dict[str, Tensor]:
+        """The loss of each group of rows, and what experts tell of groups, mean over the layers."""
+        stats = {} if self.val_groups is None else self.val_groups.compute()
+        if not stats or self.val_groups is None:
+            return {}
+        values = {f"ce/{name}": stats["ce"][i] for i, name in enumerate(self.val_groups.names) if stats["tokens"][i]}
+        if self.model.routers:
+            values["group_information"] = stats["mutual_information"].mean()
         return values
 
 

@@ -327,10 +327,10 @@ class DistillModule(LanguageModule):
         """One micro-batch: the teacher answers, the student learns."""
         return self.learn(batch, *self.signals(batch, self.objective))
 
-    def log_step(self, values: dict[str, Tensor]) -> None:
+    def log_step(self, values: dict[str, Tensor], told: dict[str, Tensor]) -> None:
         """Log an on-policy step apart, with what its text cost: seconds and tokens of this rank."""
         if not self._sampled:
-            super().log_step(values)
+            super().log_step(values, told)
             return
         # Not through `self.log`, which would show these values again at the steps between.
         cost = {
@@ -339,7 +339,7 @@ class DistillModule(LanguageModule):
         }
         self._sampled.clear()
         self._unlog()
-        scalars = {f"on_policy/{name}": float(value) for name, value in (values | cost).items()}
+        scalars = {f"on_policy/{name}": float(value) for name, value in (values | told | cost).items()}
         for logger in self.trainer.loggers:
             logger.log_metrics(scalars, step=self.global_step)
 

@@ -202,6 +202,8 @@ class LayerwiseModule(TrainingModule):
             )
         if not hasattr(self, "ffns"):
             self.check(self.chat)
+        if getattr(self.trainer.datamodule, "group_by", None):  # type: ignore[attr-defined]
+            raise ValueError("data.group_by: only language models are validated by group, layers are not; take it out.")
         if stage == "predict":
             raise ValueError("predict answers with a language model: export this run, and use generate --model DIR.")
         if stage == "fit":
