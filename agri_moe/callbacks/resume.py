@@ -122,6 +122,24 @@ class Checkpoint(ModelCheckpoint):
         """Restore what `state_dict` saved."""
         self._owed = state_dict["validation_follows"]
 
+    def on_load_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Let Lightning count in micro-batches of this run where the checkpoint's were of another size.
+
+        They are, on another number of ranks. What they left of their epoch is the data module's to share out; but
+        Lightning ends the epoch where its own count says so, too.
+        """
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        position = checkpoint.get(type(data).__qualname__, {}).get("position")
+        if position is None:
+            return
+        current = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+        done = data.train_dataloader().batch_sampler.done_of_epoch(position, current["processed"])
+        current |= {
+            name: count + done - current["processed"] for name, count in current.items() if name != "is_last_batch"
+        }
+
     # ------------------------------------------------------------------ when
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
