@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,6 @@ class Trial:
 
     folder: Path
     config: dict[str, Any]
-    arguments: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -136,8 +135,7 @@ class Trial:
     def start(self, *arguments: str, ranks: int = 1, **environment: str) -> list[Any]:
         """Begin it, or go on."""
         self.post.unlink(missing_ok=True)
-        command = ["--config", str(self.path), *self.arguments, *arguments]
-        return start(command, self.folder / "fit", ranks, **environment)
+        return start(["--config", str(self.path), *arguments], self.folder / "fit", ranks, **environment)
 
     def fit(self, *arguments: str, ranks: int = 1, **environment: str) -> list[int]:
         """Begin it, or go on, to its end."""
@@ -147,10 +145,12 @@ class Trial:
         """Whether it says so."""
         return self.post.exists() and self.post.read_text() == where
 
-    def send(self, number: int, where: str, seconds: float = 0.2, **options: Any) -> list[int]:
+    def send(
+        self, number: int, where: str, seconds: float = 0.2, arguments: list[str] | None = None, **options: Any
+    ) -> list[int]:
         """Begin it, or go on, send a signal to every rank when it is there, and the exit status of each."""
         self.pace(seconds)
-        processes = self.start(**options)
+        processes = self.start(*(arguments or []), **options)
         found = wait_for(lambda: self.is_at(where), processes)
         for process in processes:
             if process.is_alive():
@@ -174,12 +174,17 @@ class Trial:
 
     def rows(self) -> list[tuple[int, int]]:
         """Each row of each step that counts, with the step: of a step that was done twice, the last time."""
-        last: dict[tuple[int, int, int], list[int]] = {}
-        for rank, path in enumerate(sorted(self.folder.glob("rows.*"))):
+        seen: list[tuple[int, int]] = []
+        for path in self.folder.glob("rows.*"):
+            own: list[tuple[int, int]] = []
             for line in path.read_text().splitlines():
                 entry = json.loads(line)
-                last[rank, entry["step"], entry["batch"]] = entry["rows"]
-        return sorted((step, row) for (_, step, _), rows in last.items() for row in rows)
+                if "from" in entry:
+                    own = [(step, row) for step, row in own if step < entry["from"]]
+                else:
+                    own += [(entry["step"], row) for row in entry["rows"]]
+            seen += own
+        return sorted(seen)
 
 
 def weights(trial: Trial) -> dict[str, Any]:

@@ -50,18 +50,29 @@ class SignPost(lightning.Callback):
 
 
 class RowLog(lightning.Callback):
-    """Add a line for each micro-batch of training: rank, optimizer step, and the rows in it.
+    """Add a line for each micro-batch of training, rank by rank: the optimizer step, and the rows in it.
+
+    A line `from` says that what stands above of this step and later ones is about to be done again.
 
     Args:
         path: A file for each rank, PATH.RANK.
     """
 
     def __init__(self, path: str):
-        self.path = path
+        self.path = Path(path)
+
+    def _add(self, path: Path, **entry: Any) -> None:
+        with path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if trainer.is_global_zero:  # of ranks, too, that are no more
+            for path in self.path.parent.glob(f"{self.path.name}.*"):
+                self._add(path, **{"from": trainer.global_step})
+        trainer.strategy.barrier()
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         rows = sorted(set(batch["row_ids"].flatten().tolist()) - {-1})
-        with Path(f"{self.path}.{trainer.global_rank}").open("a") as file:
-            file.write(json.dumps({"step": trainer.global_step, "batch": batch_idx, "rows": rows}) + "\n")
+        self._add(self.path.with_name(f"{self.path.name}.{trainer.global_rank}"), step=trainer.global_step, rows=rows)
