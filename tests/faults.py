@@ -307,6 +307,13 @@ def small_config(models: Path, steps: int = 8, **trainer: Any) -> dict[str, Any]
     }
 
 
+def sharded(ranks: int) -> dict[str, Any]:
+    """Trainer options of a run in pieces."""
+    name = "lightning.pytorch.strategies.ModelParallelStrategy"
+    sizes = {"data_parallel_size": ranks, "tensor_parallel_size": 1}
+    return {"devices": ranks, "strategy": {"class_path": name, "init_args": sizes}}
+
+
 # ---------------------------------------------------------------------- faults
 
 

@@ -26,6 +26,7 @@ from tests.faults import (
     join,
     kill_in_a_save,
     scheduler,
+    sharded,
     small_config,
     small_disk,
     wait_for,
@@ -171,14 +172,8 @@ def assert_no_damage_unseen(checkpoint: Path, path: Path, chance: random.Random,
     assert damage(checkpoint) is None
 
 
-SHARDED = {
-    "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
-    "init_args": {"data_parallel_size": 2, "tensor_parallel_size": 1},
-}
-
-
 def test_sharded_on_two_ranks_killed_in_a_save_told_to_stop_and_damaged(models, tmp_path):
-    config = small_config(models, accumulate_grad_batches=1, devices=2, strategy=SHARDED, val_check_interval=4)
+    config = small_config(models, accumulate_grad_batches=1, val_check_interval=4, **sharded(2))
     whole, trial = (Trial(tmp_path / name, config) for name in ("whole", "trial"))
     assert whole.fit(ranks=2) == [0, 0], whole.said()
     trial.pace(0.2)

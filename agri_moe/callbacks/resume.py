@@ -314,7 +314,7 @@ class Checkpoint(ModelCheckpoint):
 
 
 class RunStatus(lightning.Callback):
-    """Write down what is trained and on what, and that the run has finished; then let go of its folder.
+    """Write down what is trained and on what, how far it is validated, and that the run has finished.
 
     Args:
         run: The run's folder.
@@ -354,20 +354,9 @@ class RunStatus(lightning.Callback):
 
     @rank_zero_only
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """The last word; not reached when training was interrupted or failed."""
+        """The last word; not reached when training was interrupted or failed: the same command goes on then."""
         if not trainer.interrupted:
             self.run.write(status="finished", steps=trainer.global_step)
-        self._release()
-
-    def on_exception(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
-    ) -> None:
-        """Stay unfinished: the same command goes on from here."""
-        self._release()
-
-    def _release(self) -> None:
-        if self.lock is not None:
-            self.lock.release()
 
 
 def device_name(device: torch.device) -> str:
