@@ -27,6 +27,7 @@ from tests.faults import (
     USR1,
     Trial,
     curves,
+    demo_config,
     difference,
     fill,
     flip,
@@ -38,8 +39,14 @@ from tests.faults import (
     small_config,
     small_disk,
     wait_for,
+    write_demo_models,
     write_models,
 )
+
+BETWEEN = 20.0
+"""Seconds of training, at most, between a start and the SIGKILL in a soak."""
+STEPS_A_MINUTE = 40
+"""Optimizer steps of a soak for each of its minutes: about what starts and repeated steps leave time for."""
 
 Case = tuple[str, Callable[[], str]]
 """What is done, and how what came of it differs from what should have; empty if it does not."""
@@ -102,10 +109,8 @@ def one_process(folder: Path, models: Path, whole: Trial, chance: random.Random,
     yield "SIGUSR1 under SLURM: saved, put back in the queue", requeued
     yield "disk full in a save (tmpfs)", partial(disk_full, folder / "disk", models, whole)
     for what in ("a bit flipped", "cut in half", "emptied"):
-        yield (
-            f"newest checkpoint: {what}",
-            lambda what=what: damaged(trial(what.replace(" ", "_")), whole, what, chance),
-        )
+        one = trial(what.replace(" ", "_"))
+        yield f"newest checkpoint: {what}", partial(damaged, one, whole, what, chance)
 
 
 def disk_full(folder: Path, models: Path, whole: Trial) -> str:
@@ -234,23 +239,24 @@ def suite(folder: Path) -> int:
 
 
 def soak(folder: Path, minutes: float) -> int:
-    """One run under SIGKILL after SIGKILL; 1 if it does not end as the undisturbed one."""
+    """A run of the demo's size under SIGKILL after SIGKILL; 1 if it does not end as the undisturbed one."""
     chance = random.Random(0)
-    write_models(folder)
-    steps = max(20, round(40 * minutes))  # more than are done in that time
-    config = small_config(folder, steps=steps, val_check_interval=40)
-    config["trainer"]["callbacks"][0]["init_args"]["every_n_steps"] = 5
+    write_demo_models(folder)
+    config = demo_config(folder, steps=max(60, round(STEPS_A_MINUTE * minutes)))
     whole, one = Trial(folder / "whole", config), Trial(folder / "killed", config)
     began = time.monotonic()
-    assert whole.fit() == [0], whole.said()
+    if any(whole.fit()):
+        print(whole.said()[-2000:])
+        return 1
     seconds = time.monotonic() - began
-    print(f"undisturbed: {steps} steps in {seconds:.0f} s", flush=True)
+    print(f"undisturbed: {config['trainer']['max_steps']} steps in {seconds:.0f} s", flush=True)
     until, kills, unfinished = time.monotonic() + 60 * minutes, 0, True
     while unfinished and time.monotonic() < until:
-        unfinished = kill_at_random(one, max(3.0, seconds / 20), chance)
+        unfinished = kill_at_random(one, BETWEEN, chance)
         kills += unfinished
-        newest = max((path.name for path in (one.run / "checkpoints").glob("*.ckpt")), default="none")
-        print(f"{kills:4d} kills, newest checkpoint {newest}", flush=True)
+        newest = max((path.name for path in (one.run / "checkpoints").glob("*.ckpt")), default="no checkpoint")
+        left = max(0.0, until - time.monotonic())
+        print(f"{kills:4d} kills, {newest}, {left:.0f} s left", flush=True)
     found = goes_on(one, whole)
     print(f"{kills} kills in {minutes:g} minutes; weights, moments, rows and curves: {found or 'the same'}")
     return int(bool(found))
