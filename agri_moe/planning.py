@@ -125,7 +125,7 @@ def read_run(trainer: dict[str, Any]) -> Run:
         max_epochs=trainer["max_epochs"],
         limit=1.0 if limit is None else limit,
         kept=saving.get("keep", 2),
-        save_every=saving.get("every_n_steps", 500),
+        save_every=saving.get("every_n_steps") or 500,  # by the clock alone, its number is not known
     )
 
 

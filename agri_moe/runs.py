@@ -3,28 +3,34 @@
     lightning_logs/version_N/
         config.yaml               the resolved config
         tokenizer/                with the chat template, for export and generate
-        run.json                  fingerprint of the config; "running" or "finished"
+        run.json                  fingerprints of config, rows and tokenizer; "running" or "finished"
         lock.json                 while a process trains here: host, process id; touched every few seconds
         checkpoints/step=00000100.ckpt
         checkpoints/step=00000100.ckpt.complete      SHA-256 of every file of the checkpoint; without it, none counts
+        checkpoints/step=00000200.ckpt.partial       being written; its name is given to it when all of it is on disk
 
 Nothing here imports torch: tools that only look for a run stay quick.
 """
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
+import shutil
 import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 LOGS = "lightning_logs"
 MARKER = ".complete"
+PARTIAL = ".partial"
 HEARTBEAT_SECONDS = 10
 DEAD_AFTER_SECONDS = 60
 
@@ -193,10 +199,53 @@ def new_run(root: Path, mark: str) -> Run:
 # ---------------------------------------------------------------------- completeness
 
 
-def mark_complete(checkpoint: Path) -> None:
-    """Write the checksums of a checkpoint (a file or a folder) beside it: from now on it counts."""
-    sums = {name: _sha256(path) for name, path in _files(checkpoint)}
+def beside(checkpoint: Path) -> Path:
+    """Where a checkpoint is written before it gets its name."""
+    return checkpoint.with_name(checkpoint.name + PARTIAL)
+
+
+def commit(checkpoint: Path) -> None:
+    """Give what was written `beside` a checkpoint's place its name; the rename is the moment from which it counts.
+
+    Everything is flushed to the disk, and the checksums are there before the name is: at no moment is there a file or
+    folder of this name that is not whole.
+
+    Args:
+        checkpoint: The final path, of a file or (sharded) a folder.
+    """
+    written = beside(checkpoint)
+    for _, path in _files(written):
+        _flush(path)
+    for folder in {path.parent for _, path in _files(written)}:
+        _flush(folder)
+    mark_complete(checkpoint, written)
+    written.replace(checkpoint)
+    _flush(checkpoint.parent)
+
+
+def mark_complete(checkpoint: Path, written: Path | None = None) -> None:
+    """Write the checksums of a checkpoint, a file or a folder; its content may still lie at `written`."""
+    content = written or checkpoint
+    sums = {checkpoint.name if path == content else name: _sha256(path) for name, path in _files(content)}
     replace_text(_marker(checkpoint), json.dumps(sums, indent=1))
+
+
+def remove(checkpoint: Path) -> None:
+    """Delete a checkpoint, its marker first: what is half removed must not count."""
+    _marker(checkpoint).unlink(missing_ok=True)
+    if checkpoint.is_dir():
+        shutil.rmtree(checkpoint)
+    else:
+        checkpoint.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a process that died in the middle of a save has left in a folder of checkpoints."""
+    for path in list(folder.glob("*" + PARTIAL)):
+        remove(path)
+    for marker in list(folder.glob("*" + MARKER)):
+        if not marker.with_name(marker.name.removesuffix(MARKER)).exists():
+            marker.unlink()
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -204,7 +253,12 @@ def damage(checkpoint: Path) -> str | None:
     marker = _marker(checkpoint)
     if not marker.exists():
         return "was not finished"
-    expected = json.loads(marker.read_text())
+    try:
+        expected = json.loads(marker.read_bytes())
+    except ValueError:  # of JSON or of UTF-8
+        expected = None
+    if not isinstance(expected, dict) or not expected:
+        return f"is damaged (its checksums, {marker.name}, cannot be read)"
     files = dict(_files(checkpoint))
     for name, digest in expected.items():
         if name not in files:
@@ -217,8 +271,15 @@ def damage(checkpoint: Path) -> str | None:
 
 def set_aside(checkpoint: Path) -> None:
     """Keep a damaged checkpoint under another name, so that its step can be saved again."""
-    checkpoint.rename(checkpoint.with_name(checkpoint.name + ".damaged"))
+    kept = checkpoint.with_name(checkpoint.name + ".damaged")
+    remove(kept)
+    checkpoint.rename(kept)
     _marker(checkpoint).unlink(missing_ok=True)
+
+
+def size_on_disk(checkpoint: Path) -> int:
+    """Bytes of all its files."""
+    return sum(path.stat().st_size for _, path in _files(checkpoint))
 
 
 def _marker(checkpoint: Path) -> Path:
@@ -238,14 +299,72 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _flush(path: Path) -> None:
+    """What a file holds, or which names a folder holds, survives a power cut from now on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def replace_text(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old content or the new, never a part."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    """Write a text file so that a reader sees the old content or the new, never a part.
+
+    If there is no room for it, nothing of it is left behind.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
     partial.replace(path)
+    _flush(path.parent)
+
+
+# ---------------------------------------------------------------------- room on the disk
+
+NO_ROOM = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+
+
+def storage_error(error: BaseException | None) -> OSError | None:
+    """The operating system's own complaint behind an exception, such as that the disk is full; None if there is none.
+
+    torch turns it into a RuntimeError about positions in a file, and for sharded checkpoints into one for each rank.
+    """
+    while error is not None:
+        if isinstance(error, OSError):
+            return error
+        for failure, _ in getattr(error, "failures", {}).values():
+            if (found := storage_error(failure)) is not None:
+                return found
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def check_room(folder: Path, size: int, checkpoints: int) -> None:
+    """Refuse to begin what could not be saved.
+
+    Args:
+        folder: Where the run's folder lies or will lie.
+        size: Bytes of one checkpoint, about.
+        checkpoints: How many there must be room for.
+
+    Raises:
+        ValueError: If there is less.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < size * checkpoints:
+        wanted = "two checkpoints" if checkpoints == 2 else "one checkpoint more"
+        raise ValueError(
+            f"{folder} has {free / 1e9:.3g} GB free, too little for {wanted} of about {size / 1e9:.3g} GB each: "
+            "free some, or set trainer.default_root_dir to another disk."
+        )
 
 
 # ---------------------------------------------------------------------- lock
@@ -254,7 +373,7 @@ def replace_text(path: Path, text: str) -> None:
 class Lock:
     """Keeps a second process out of a live run.
 
-    A lock whose process is gone (same host), or whose heartbeat is older than a minute (any host), is taken over.
+    A lock whose process is gone (same machine), or whose heartbeat is older than a minute (any machine), is taken over.
 
     Raises:
         ValueError: If a live process holds it.
@@ -262,31 +381,75 @@ class Lock:
 
     def __init__(self, run: Run):
         self.path = run.folder / "lock.json"
-        if self.path.exists() and (holder := self._living_holder()):
-            raise ValueError(
-                f"{run.folder} is in use by process {holder['process']} on {holder['host']}; wait for it, or start a "
-                "second run of the same config with --resume never."
-            )
-        replace_text(self.path, json.dumps({"host": socket.gethostname(), "process": os.getpid()}))
+        self._mine = {"host": socket.gethostname(), "machine": _machine(), "process": os.getpid(), "since": time.time()}
+        with _one_at_a_time(run.folder):
+            if self.path.exists() and (holder := self._living_holder()):
+                raise ValueError(
+                    f"{run.folder} is in use by {holder}; wait for it, or start a second run of the same config with "
+                    "--resume never."
+                )
+            replace_text(self.path, json.dumps(self._mine))
         self._stop = threading.Event()
         threading.Thread(target=self._beat, daemon=True).start()
 
-    def _living_holder(self) -> dict[str, Any] | None:
-        holder: dict[str, Any] = json.loads(self.path.read_text())
+    def _living_holder(self) -> str | None:
         if time.time() - self.path.stat().st_mtime > DEAD_AFTER_SECONDS:
             return None
-        if holder["host"] == socket.gethostname():
-            # Within one process (a notebook, a script) one run follows the other.
-            here = holder["process"] == os.getpid()
-            return None if here or not Path(f"/proc/{holder['process']}").exists() else holder
-        return holder
+        try:
+            holder = json.loads(self.path.read_bytes())
+            name = f"process {holder['process']} on {holder['host']}"
+            same_machine = holder.get("machine", self._mine["machine"]) == self._mine["machine"]
+            same_machine = same_machine and holder["host"] == self._mine["host"]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return f"a process whose {self.path.name} cannot be read (it counts for a minute)"
+        if not same_machine:
+            return name
+        # Within one process (a notebook, a script) one run follows the other.
+        here = holder["process"] == os.getpid()
+        return None if here or not Path(f"/proc/{holder['process']}").exists() else name
+
+    def check(self) -> None:
+        """Refuse to go on in a run that another process has taken over.
+
+        Raises:
+            ValueError: If one has, which it may where this one stood still for a minute.
+        """
+        if not self._held():
+            raise ValueError(
+                f"{self.path.parent} was taken over by another process while this one stood still: it goes on there."
+            )
+
+    def _held(self) -> bool:
+        with suppress(OSError, ValueError):
+            return bool(json.loads(self.path.read_bytes()) == self._mine)
+        return False
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_SECONDS):
-            if self.path.exists():
-                os.utime(self.path)
+            with suppress(FileNotFoundError):  # released between the two
+                if self._held():
+                    os.utime(self.path)
 
     def release(self) -> None:
         """Let the next process in."""
         self._stop.set()
-        self.path.unlink(missing_ok=True)
+        if self._held():
+            self.path.unlink(missing_ok=True)
+
+
+def _machine() -> str:
+    """Tells machines of one name apart, and containers on one machine: process ids mean something within one alone."""
+    boot, processes = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    if not (boot.exists() and processes.exists()):
+        return ""
+    return f"{boot.read_text().strip()} {processes.stat().st_ino}"
+
+
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Two processes that look at a lock at the same moment must not both find it free."""
+    with (folder / ".turn").open("w") as file:
+        # Some network file systems know no such locks: there the two would have to come within milliseconds.
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -9,21 +9,29 @@ import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, TypeVar
+from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar
 
 import lightning
+import torch
 import yaml
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import BasePredictionWriter, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
+from transformers import AutoModelForCausalLM
 
 from agri_moe.callbacks.resume import AtomicCheckpointIO, Checkpoint, RunStatus
+from agri_moe.callbacks.signals import Signals
 from agri_moe.cli import HelpFormatter, example_of, fail, one_sentence
+from agri_moe.content import content_fingerprint
+from agri_moe.data.chat import Chat
 from agri_moe.data.chat_data import ChatDataModule
+from agri_moe.data.logit_cache import tokenizer_fingerprint
+from agri_moe.data.sources import find_sources
 from agri_moe.evaluation import Row, table
-from agri_moe.foreign_files import check_found_config, read_config
+from agri_moe.foreign_files import check_found_config, check_sharded, read_config
 from agri_moe.models.base import LanguageModule, of_all_ranks
 from agri_moe.models.distill import DistillModule
 from agri_moe.models.layerwise import LayerwiseModule
@@ -31,15 +39,19 @@ from agri_moe.models.pretrain import PretrainModule
 from agri_moe.models.training import TrainingModule
 from agri_moe.runs import (
     LOGS,
+    NO_ROOM,
     Lock,
     Run,
+    check_room,
     differences,
     fingerprint,
     identity,
     new_run,
     newest_checkpoint,
+    remove_leftovers,
     replace_text,
     set_aside,
+    size_on_disk,
     step_of,
     unfinished_run,
 )
@@ -74,10 +86,20 @@ class Parser(LightningArgumentParser):
         fail(one_sentence(message, ex, self.given))
 
 
+class Choice(NamedTuple):
+    """Where a run lies, what it goes on from, and the step after which it has a validation (None: do none again)."""
+
+    run: str
+    checkpoint: str | None
+    validated: int | None
+
+
 class TrainingCLI(LightningCLI):
     """fit, validate, test and predict over the modules and data modules of this package."""
 
     run: Run | None = None
+    lock: Lock | None = None
+    signals: Signals | None = None
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
@@ -90,7 +112,10 @@ class TrainingCLI(LightningCLI):
                 help="auto: go on with the newest unfinished run of this config; never: start afresh; or a checkpoint.",
             )
             parser.add_argument(
-                "--resume_anyway", type=bool, default=False, help="Resume a checkpoint of another config."
+                "--resume_anyway",
+                type=bool,
+                default=False,
+                help="Resume though the config is another one, or rows or tokenizer have changed.",
             )
         return parser
 
@@ -113,6 +138,8 @@ class TrainingCLI(LightningCLI):
         """Every run saves and loads through `AtomicCheckpointIO`; its progress bar asks the device now and then."""
         given = self.config_init[self.subcommand]["trainer"]
         plugins, callbacks = (_listed(given[key]) for key in ("plugins", "callbacks"))
+        if given["enable_checkpointing"] is not False and not any(isinstance(c, Checkpoint) for c in callbacks):
+            callbacks.append(Checkpoint())
         if given["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             # By default it shows every micro-batch's terms, and waits for the device to know them.
             callbacks.append(TQDMProgressBar(refresh_rate=10))
@@ -147,23 +174,37 @@ class TrainingCLI(LightningCLI):
             # Ranks that were started from outside must agree on a folder, so they have to meet before `fit` would.
             self.trainer.strategy.connect(self.model)
             self.trainer.strategy.setup_environment()
-        choice: tuple[str, str | None] | None = None
-        lock = None
+        self.signals = Signals()
+        self.signals.install(self.trainer, self._ready)
+        choice: Choice | None = None
         if self.trainer.is_global_zero:
-            run, checkpoint = self._choose_run()
-            lock = Lock(run)
-            choice = str(run.folder), str(checkpoint) if checkpoint else None
+            choice = self._choose_run()
         if self.trainer.world_size > 1:
             choice = self._share(choice)
         assert choice is not None, "one rank alone is the first rank, which has chosen"
-        self.run = Run(Path(choice[0]))
-        self._enter(self.run, Path(choice[1]) if choice[1] else None, lock)
+        self.run = Run(Path(choice.run))
+        self._enter(self.run, Path(choice.checkpoint) if choice.checkpoint else None, choice.validated)
+
+    def _ready(self) -> None:
+        for callback in self.trainer.checkpoint_callbacks:
+            if isinstance(callback, Checkpoint):
+                callback.catch_up(self.trainer)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Let go of the run and of the signals, however it ends."""
+        try:
+            super()._run_subcommand(subcommand)
+        finally:
+            if self.lock is not None:
+                self.lock.release()
+            if self.signals is not None:
+                self.signals.restore()
 
     def _launches_ranks(self) -> bool:
         environment = getattr(self.trainer.strategy, "cluster_environment", None)
         return environment is not None and not environment.creates_processes_externally
 
-    def _share(self, choice: tuple[str, str | None] | None) -> tuple[str, str | None]:
+    def _share(self, choice: Choice | None) -> Choice:
         """The first rank's choice, on every rank."""
         if not self._launches_ranks():
             shared = self.trainer.strategy.broadcast(choice)
@@ -172,26 +213,49 @@ class TrainingCLI(LightningCLI):
         # Lightning starts the other ranks of this host later, with this environment.
         if choice is not None:
             os.environ["AGRI_MOE_RUN"] = json.dumps(choice)
-        return tuple(json.loads(os.environ["AGRI_MOE_RUN"]))
+        return Choice(*json.loads(os.environ["AGRI_MOE_RUN"]))
 
-    def _choose_run(self) -> tuple[Run, Path | None]:
-        mark = fingerprint(self.settings)
+    def _choose_run(self) -> Choice:
+        """The run's folder, which is locked from now on, and the checkpoint to go on from."""
+        mark, content = fingerprint(self.settings), content_of(self.datamodule)
         resume = self.config["fit"]["resume"]
-        if resume == "auto":
-            run = unfinished_run(self.root, mark)
-            if run is None:
-                return new_run(self.root, mark), None
-            checkpoint, damaged = run.intact_checkpoint()
+        run = unfinished_run(self.root, mark) if resume == "auto" else None
+        if run is None:
+            source = None if resume in ("auto", "never") else self._check_resumed(Path(resume), mark)
+            self._check_source(source, content, room=2)
+            run, validated = new_run(self.root, mark), None
+            self.lock = Lock(run)
+        else:
+            self.lock = Lock(run)  # first: from now on nobody else saves here
+            remove_leftovers(run.folder / "checkpoints")
+            source, damaged = run.intact_checkpoint()
             for complaint in damaged:
                 rank_zero_warn(f"{complaint}; the checkpoint before it is used.")
-            if checkpoint is not None:
-                self._check_strategy(checkpoint)
-            return run, checkpoint
-        if resume == "never":
-            return new_run(self.root, mark), None
-        return self._resume_from(Path(resume), mark)
+            self._check_source(source, content, room=2 if source is None else 1)
+            validated = run.read().get("validated", -1)
+        run.write(content=content)
+        return Choice(str(run.folder), str(source) if source else None, validated)
 
-    def _resume_from(self, checkpoint: Path, mark: str) -> tuple[Run, Path]:
+    def _check_source(self, source: Path | None, content: dict[str, str], room: int) -> None:
+        """Refuse what cannot be gone on from, or a disk without room for two checkpoints, with those that are there."""
+        if source is None:
+            self._refuse_foreign_checkpoint()
+            if isinstance(self.model, LanguageModule):
+                size = checkpoint_size(self.model, self.datamodule.chat, str(self.trainer.precision))
+                check_room(self.root, size, room)
+            return
+        self._check_strategy(source)
+        check_room(self.root, size_on_disk(source), room)
+        before = Run(source.parent.parent).read().get("content")
+        changed = [key for key in content if before is not None and before.get(key) != content[key]]
+        if changed and not self.config["fit"]["resume_anyway"]:
+            raise ValueError(
+                f"{' and '.join(changed)}: the content is not what {source} was trained on; restore it, give "
+                "--resume_anyway true to go on with the new content, or --resume never to start afresh."
+            )
+
+    def _check_resumed(self, checkpoint: Path, mark: str) -> Path:
+        """The checkpoint that --resume names, if it can be gone on from."""
         run = Run(checkpoint.parent.parent)
         if not checkpoint.exists() or not run.config.exists():
             raise ValueError(f"--resume {checkpoint} is no checkpoint in a run's folder (version_N/checkpoints/).")
@@ -204,18 +268,28 @@ class TrainingCLI(LightningCLI):
                 f"--resume {checkpoint}: the config has changed ({'; '.join(lines)}); "
                 "give --resume_anyway true to go on with the new one."
             )
-        self._check_strategy(checkpoint)
-        return new_run(self.root, mark), checkpoint
+        return checkpoint
+
+    def _refuse_foreign_checkpoint(self) -> None:
+        """Under SLURM, Lightning would load what it finds by this name, whatever run it is of."""
+        found = sorted(Path(self.trainer.default_root_dir).glob("*hpc_ckpt_*"))
+        if found and SLURMEnvironment.detect():
+            raise ValueError(
+                f"{found[-1]} was saved by Lightning under SLURM, not by a run of this package, and would be loaded "
+                "unasked: move it elsewhere."
+            )
 
     def _check_strategy(self, checkpoint: Path) -> None:
-        """Any strategy goes on from any checkpoint, but for one that FSDP2 cannot read."""
+        """Any strategy goes on from any checkpoint, but for one that FSDP2 cannot read, or that would run code."""
+        if checkpoint.is_dir():
+            check_sharded(checkpoint, "--resume")
         if checkpoint.is_file() and isinstance(self.trainer.strategy, ModelParallelStrategy):
             check_shardable(checkpoint, "--resume")
 
-    def _enter(self, run: Run, checkpoint: Path | None, lock: Lock | None) -> None:
+    def _enter(self, run: Run, checkpoint: Path | None, validated: int | None) -> None:
         """Point logger, checkpoints and status at the run's folder."""
         trainer: Any = self.trainer  # whose callbacks Lightning's own annotations do not know
-        if lock is not None:
+        if self.lock is not None:
             if checkpoint is not None and checkpoint.parent.parent == run.folder:
                 for path in run.checkpoints():
                     if step_of(path) > step_of(checkpoint):
@@ -224,15 +298,15 @@ class TrainingCLI(LightningCLI):
             self.datamodule.chat.save(run.folder / "tokenizer")
             run.write(status="running")
         # A crash leaves entries past the checkpoint; those steps are about to be logged again.
-        purge_step = step_of(checkpoint) if checkpoint else None
+        purge_step = step_of(checkpoint) if checkpoint else None if validated is None else 0
         root, name = run.folder.parent.parent, run.folder.name
         for logger in self._log_to(TensorBoardLogger(root, name=LOGS, version=name, purge_step=purge_step)):
             logger.log_hyperparams(self.settings)
-        if not any(isinstance(c, Checkpoint) for c in trainer.callbacks):
-            trainer.callbacks.append(Checkpoint())
         for callback in trainer.checkpoint_callbacks:
             callback.dirpath = str((run.folder / "checkpoints").absolute())
-        trainer.callbacks.append(RunStatus(run, lock))
+            if isinstance(callback, Checkpoint):
+                callback.signals, callback.validated = self.signals, validated
+        trainer.callbacks.append(RunStatus(run, self.lock))
         if checkpoint is not None:
             self.config_init["fit"]["ckpt_path"] = str(checkpoint)
             rank_zero_info(f"Going on in {run.folder} from {checkpoint.name}.")
@@ -282,6 +356,7 @@ class TrainingCLI(LightningCLI):
         folder = self.root
         if given == UNTRAINED:
             self.config_init[command]["ckpt_path"] = None
+            self._refuse_foreign_checkpoint()
         elif given is None:
             self.run, checkpoint = newest_checkpoint(self.root, fingerprint(self.settings))
             self.config_init[command]["ckpt_path"] = str(checkpoint)
@@ -387,6 +462,30 @@ def chained(error: BaseException | None, kind: type[BaseException]) -> BaseExcep
     return error
 
 
+def content_of(data: Any) -> dict[str, str]:
+    """A hash of the rows of each split that trains or validates, and of the tokenizer."""
+    streamed = getattr(data, "streaming", False)
+    splits = {f"data.{name}": getattr(data, name, None) for name in ("train", "validation")}
+    content = {
+        key: content_fingerprint(find_sources(value, key), streamed and key == "data.train")
+        for key, value in splits.items()
+        if value
+    }
+    return content | {"data.tokenizer": tokenizer_fingerprint(data.chat)}
+
+
+def checkpoint_size(module: LanguageModule, chat: Chat, precision: str) -> int:
+    """Bytes of a checkpoint, about: the weights and the optimizer's moments, from the model's config."""
+    config = module.model_config.hf_config(module.model_key, chat)
+    with torch.device("meta"):
+        parameters = dict(AutoModelForCausalLM.from_config(config).named_parameters())
+    by_stage = [stage.scales(list(parameters)) for stage in module.stages]
+    trained = sum(p.numel() for name, p in parameters.items() if any(scales[name] for scales in by_stage))
+    size = 2 if precision == "bf16-true" else 4
+    moments = module.optimizer_config.moment_bytes(size) * trained
+    return size * sum(p.numel() for p in parameters.values()) + round(moments)
+
+
 T = TypeVar("T", bound=TrainingCLI)
 
 
@@ -397,6 +496,19 @@ def run_training(command: str, args: Sequence[str], cli: type[T]) -> T:
     if command != "fit":
         args = with_newest_run(args)
     Parser.given = args
+    try:
+        return _cli(command, args, cli)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        where = f"{error.filename} cannot be written" if error.filename else "a file cannot be written"
+        raise ValueError(
+            f"{where}, {error.strerror}: free some room and give the same command again, it goes on from the newest "
+            "checkpoint."
+        ) from error
+
+
+def _cli(command: str, args: Sequence[str], cli: type[T]) -> T:
     return cli(
         TrainingModule,
         lightning.LightningDataModule,

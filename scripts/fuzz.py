@@ -229,7 +229,7 @@ def caches() -> list[dict[str, bytes]]:
             tail, counts = np.full(n, -1, np.float32), random.integers(1, 4, (n, 5))
             kept = (logs, None, tail) if topk else (None, counts, None)
             rows.append((n, Answers(places, ids, kept[0], kept[1], kept[2], entropy, ids[:, 0])))
-        write_shard(folder / shard_name(0), kind, rows)  # type: ignore[arg-type]
+        write_shard(folder / shard_name(0), kind, rows)
         told_of = {"vocabulary": 40, "segments": ["assistant"], "view": "same", "teacher": "t", "teacher_source": "s"}
         header = Header(kind=kind, tokens=5, seed=0, dtype="float32", tokenizer="a", template="b", rows="c", **told_of)  # type: ignore[arg-type]
         finish(folder, header, 1)

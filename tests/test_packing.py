@@ -369,6 +369,47 @@ def test_a_resumed_run_sees_what_a_whole_run_sees(
     assert place == "within a step" or resumed.weight.equal(whole.weight)
 
 
+@pytest.mark.parametrize("ranks", [(2, 1), (1, 2), (3, 2), (1, 4), (4, 4)])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_on_another_number_of_ranks_each_row_is_seen_once(ranks: tuple[int, int], accumulate: int) -> None:
+    made = made_rows(60)
+
+    def planned(world: int, done: int, position: Any = None) -> tuple[StepSampler, list[list[Any]]]:
+        samplers = []
+        for rank in range(world):
+            trainer = fake_trainer(done, rank, world, accumulate)
+            samplers.append(sampler_of(made, 64, trainer, sequences_per_batch=1, seed=5))
+            if position is not None:
+                samplers[-1].take_up(position)
+        return samplers[0], [[plan for (plan,) in sampler] for sampler in samplers]
+
+    def rows(plans: list[list[Any]]) -> list[int]:
+        return [row for rank in plans for plan in rank for sequence in plan.sequences for row in sequence]
+
+    before, after = ranks
+    length = len(planned(before, 0)[0])
+    for steps in range(1, 2 * length // accumulate):
+        done = steps * accumulate
+        saved, _ = planned(before, done)
+        position = saved.position()
+        epoch = done // length
+        seen = rows([plans[: done - epoch * length] for plans in planned(before, epoch * length)[1]])
+        first, left = planned(after, done, position)
+        assert sorted(seen + rows(left)) == list(range(60)), (steps, "each row of the epoch once")
+        assert first.done_of_epoch(position, done - epoch * length) + len(left[0]) <= len(first)
+        totals = [plan.totals for plan in left[0]]
+        assert sum(t.tokens for t in totals[::accumulate]) == sum(len(made[row].input_ids) for row in rows(left))
+        # And the next epoch is whole, also where it is interrupted again.
+        later = done + len(left[0])
+        _, whole = planned(after, later, position)
+        assert sorted(rows(whole)) == list(range(60))
+        again = first
+        again.trainer = fake_trainer(later + accumulate, 0, after, accumulate)
+        _, rest = planned(after, later + accumulate, again.position())
+        seen = rows([plans[:accumulate] for plans in whole])
+        assert sorted(seen + rows(rest)) == list(range(60))
+
+
 def test_overfit_batches_repeats_the_same_batches(tmp_path: Path) -> None:
     seen = fit(tmp_path, Data(tmp_path, False, 0), overfit_batches=2, val_check_interval=1.0).seen
     assert len(seen) == 6

@@ -17,7 +17,7 @@ def start(folder: Path, training: str, *args: str, **variables: str) -> subproce
     """The script in a folder of its own, where srun notes its arguments and does what `training` says."""
     commands = {
         "srun": f'echo "$@" > srun.txt\n{training}\n',
-        "scontrol": 'if [ "$1" = show ]; then printf "n7\\nn8\\n"; else echo "$@" >> requeue.txt; touch stop; fi\n',
+        "scontrol": 'if [ "$1" = show ]; then printf "n7\\nn8\\n"; else echo "$@" >> requeue.txt; fi\n',
     }
     for name, text in commands.items():
         (folder / name).write_text(f"#!/bin/bash\n{text}")
@@ -43,12 +43,26 @@ def test_a_run_that_fails_is_not_started_again(tmp_path: Path, status: int) -> N
     assert not (tmp_path / "requeue.txt").exists()
 
 
-def test_it_goes_back_in_the_queue_when_its_time_is_up(tmp_path: Path) -> None:
-    job = start(
-        tmp_path, "while [ ! -e stop ]; do sleep 0.1; done; exit 143", SLURM_RESTART_COUNT="1", LOCK_SECONDS="0"
-    )
+TOLD = """trap 'echo told >> srun.txt; sleep 0.3; echo saved >> srun.txt; exit 143' TERM
+while true; do sleep 0.1; done"""
+
+
+def test_when_its_time_is_up_training_saves_and_it_goes_back_in_the_queue(tmp_path: Path) -> None:
+    job = start(tmp_path, TOLD, SLURM_RESTART_COUNT="1", LOCK_SECONDS="0")
     while not (tmp_path / "srun.txt").exists():
         time.sleep(0.05)
+    time.sleep(0.3)
     job.send_signal(signal.SIGUSR1)
-    assert job.wait(30) == 143
+    assert job.wait(30) == 0
+    assert (tmp_path / "srun.txt").read_text().split()[-2:] == ["told", "saved"]
+    assert (tmp_path / "requeue.txt").read_text() == "requeue 12345\n"
+
+
+def test_it_goes_back_in_the_queue_too_where_saving_takes_too_long(tmp_path: Path) -> None:
+    job = start(tmp_path, TOLD.replace("0.3", "20"), SAVE_SECONDS="1")
+    while not (tmp_path / "srun.txt").exists():
+        time.sleep(0.05)
+    time.sleep(0.3)
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(15) == 0
     assert (tmp_path / "requeue.txt").read_text() == "requeue 12345\n"

@@ -231,7 +231,7 @@ class ChatDataModule(StreamingDataModule):
             rows = PackedRows(None, self.max_length, self.chat.pad_id, teacher=self._view is not None)
             return self.stream_loader(self._rows_to_stream(), rows, self._per_batch)
         check_trainer(self.trainer)
-        return self._loader("train", shuffle=True)
+        return self.taken_up(self._loader("train", shuffle=True))
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Packed validation rows in a fixed order; nothing when none are held out."""

@@ -231,12 +231,21 @@ class Place(NamedTuple):
     done: int
 
 
+class Origin(NamedTuple):
+    """Where a run was taken up: its micro-batches by then, and epoch and sequences of it that all ranks had seen."""
+
+    done: int = 0
+    epoch: int = 0
+    taken: int = 0
+
+
 class StepSampler(Sampler[list[MicroBatch]]):
     """Plans epochs of packed sequences: the order is a function of (seed, epoch), and a run resumes exactly.
 
     Epoch and place in it are derived from the trainer's count of processed micro-batches, which Lightning
-    restores with a checkpoint; how far the loader had read ahead does not matter. Without a trainer it plays
-    epoch 0. A module in training that has `rows_again_after` gets the rows from the beginning every so many
+    restores with a checkpoint; how far the loader had read ahead does not matter. Those before `origin` may have been
+    of another size, or on another number of ranks: what they left of their epoch is shared out anew. Without a trainer
+    it plays epoch 0. A module in training that has `rows_again_after` gets the rows from the beginning every so many
     micro-batches.
 
     Args:
@@ -247,6 +256,9 @@ class StepSampler(Sampler[list[MicroBatch]]):
         seed: Seed of the order.
         shuffle: Whether epochs differ in order; validation keeps the given one.
         trainer: Where ranks, accumulation, limits and progress are read from.
+
+    Attributes:
+        origin: Where micro-batches of the present size on the present ranks began.
     """
 
     def __init__(
@@ -265,14 +277,14 @@ class StepSampler(Sampler[list[MicroBatch]]):
         self.seed = seed
         self.shuffle = shuffle
         self.trainer = trainer
+        self.origin = Origin()
         self._tokens = np.array([lengths[rows].sum() for rows in sequences], dtype=np.int64)
         shape = (len(sequences), 2, SEGMENTS)
         self._targets = np.array([counts[rows].sum(0) for rows in sequences], dtype=np.int64).reshape(shape)
 
     def __len__(self) -> int:
         """Micro-batches of a whole epoch on each rank; equal on all, so no rank waits for another in vain."""
-        slots = self.sequences_per_batch * place_of(self.trainer, self.shuffle).world_size
-        return -(-len(self.sequences) // slots)
+        return -(-len(self.sequences) // self.slots)
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         place = place_of(self.trainer, self.shuffle)
@@ -280,13 +292,63 @@ class StepSampler(Sampler[list[MicroBatch]]):
         again = getattr(getattr(self.trainer, "lightning_module", None), "rows_again_after", None)
         if self.shuffle and again is not None and length:
             return self._replayed(place, length, again)
-        epoch, start = divmod(place.done, length) if length else (0, 0)
+        epoch, taken, start = self._found(place.done)
         if getattr(self.trainer, "overfit_batches", 0.0):
             epoch = 0  # the same few batches again and again is what overfitting asks for
-        return iter([[plan] for plan in self.plan(epoch, place.rank, place.world_size, place.accumulate)[start:]])
+        plans = self.plan(epoch, place.rank, place.world_size, place.accumulate, taken)
+        return iter([[plan] for plan in plans[start:]])
+
+    def _found(self, done: int) -> tuple[int, int, int]:
+        """Epoch, sequences of it that other micro-batches had taken, and micro-batches since."""
+        first, length = self._left(self.origin.taken), self._planned()
+        since = done - self.origin.done
+        if since < first or not length:
+            return self.origin.epoch, self.origin.taken, max(since, 0)
+        epochs, start = divmod(since - first, length)
+        return self.origin.epoch + 1 + epochs, 0, start
+
+    def _left(self, taken: int) -> int:
+        """Micro-batches of an epoch on each rank when so many of its sequences have been taken."""
+        slots = self.slots
+        return -(-max(min(len(self.sequences), self._planned() * slots) - taken, 0) // slots)
+
+    @property
+    def slots(self) -> int:
+        """Sequences of one micro-batch on all ranks together."""
+        return self.sequences_per_batch * place_of(self.trainer, self.shuffle).world_size
+
+    def position(self) -> dict[str, Any]:
+        """Where training stands, for `take_up`."""
+        done = place_of(self.trainer, self.shuffle).done
+        epoch, taken, start = self._found(done)
+        taken = min(taken + start * self.slots, len(self.sequences))
+        here = Origin(done, epoch, taken)
+        return {"here": list(here), "origin": list(self.origin), "slots": self.slots, "of": len(self.sequences)}
+
+    def take_up(self, position: dict[str, Any]) -> None:
+        """Go on from a `position`: as before, or with what is left of the epoch shared out anew."""
+        same = position["slots"] == self.slots
+        self.origin = Origin(*position["origin" if same else "here"])
+
+    def done_of_epoch(self, position: dict[str, Any], counted: int) -> int:
+        """How many micro-batches of an epoch are done, as they are now, at a `position` where so many were counted.
+
+        Whole steps: what is left then ends with the epoch at the latest.
+        """
+        if position["slots"] == self.slots:
+            return counted
+        taken, accumulate = position["here"][2], place_of(self.trainer, self.shuffle).accumulate
+        if counted and not taken:  # at the very end of an epoch
+            return self._planned()
+        return (self._planned() - self._left(taken)) // accumulate * accumulate
 
     def _replayed(self, place: Place, length: int, again: int) -> Iterator[list[MicroBatch]]:
         """To the end of Lightning's epoch, for a module that wants the same rows every `again` micro-batches."""
+        if self.origin.done:
+            raise ValueError(
+                "the checkpoint is of another number of ranks or another data.tokens_per_batch, and a run layer by "
+                "layer cannot share its rows out anew: go on as it was."
+            )
         plan = functools.lru_cache(maxsize=1)(self.plan)
         for done in range(place.done, (place.done // length + 1) * length):
             epoch, at = divmod(done % again, length)
@@ -299,12 +361,18 @@ class StepSampler(Sampler[list[MicroBatch]]):
         limit = self.trainer.limit_train_batches
         return min(len(self), limit) if isinstance(limit, int) else int(len(self) * limit)
 
-    def plan(self, epoch: int, rank: int = 0, world_size: int = 1, accumulate: int = 1) -> list[MicroBatch]:
-        """This rank's micro-batches of one epoch. The last step may be smaller, and its last ones empty."""
+    def plan(
+        self, epoch: int, rank: int = 0, world_size: int = 1, accumulate: int = 1, taken: int = 0
+    ) -> list[MicroBatch]:
+        """This rank's micro-batches of one epoch, or of what is left of it after the first `taken` sequences.
+
+        The last step may be smaller, and its last ones empty.
+        """
         order = np.arange(len(self.sequences))
         if self.shuffle:
             order = np.random.default_rng((self.seed, epoch)).permutation(order)
-        per_batch, length = self.sequences_per_batch, self._planned()
+        order = order[taken:]
+        per_batch, length = self.sequences_per_batch, self._left(taken)
         plans = []
         for first in range(0, length, accumulate):
             last = min(first + accumulate, length)

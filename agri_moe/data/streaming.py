@@ -39,6 +39,7 @@ from agri_moe.data.packing import (
     PackedRow,
     PackedRows,
     Place,
+    StepSampler,
     StepTotals,
     check_trainer,
     place_of,
@@ -520,6 +521,8 @@ class StreamingDataModule(LightningDataModule, ABC):
         super().__init__()
         self._stream: StreamSampler | None = None
         self._stream_start: tuple[int, Cursor] | None = None
+        self._sampler: StepSampler | None = None
+        self._position: tuple[Any, dict[str, Any]] | None = None  # of which trainer, and where it stood
 
     def stream_loader(self, stream: RowStream, rows: PackedRows, sequences_per_batch: int) -> DataLoader[Any]:
         """Micro-batches of a stream, from where training stands."""
@@ -544,14 +547,24 @@ class StreamingDataModule(LightningDataModule, ABC):
             by_file.setdefault(file, []).append(str(row))
         return "; ".join(f"{file} rows {', '.join(rows)}" for file, rows in by_file.items())
 
+    def taken_up(self, loader: DataLoader[Any]) -> DataLoader[Any]:
+        """The loader of rows that are no stream, from where training stands."""
+        assert isinstance(loader.batch_sampler, StepSampler), "as `step_loader` makes it"
+        self._sampler = loader.batch_sampler
+        if self._position is not None and self._position[0] is self.trainer:
+            self._sampler.take_up(self._position[1])
+        return loader
+
     def state_dict(self) -> dict[str, Any]:
-        """Where a streamed epoch stands; other sources need nothing but the trainer's progress."""
-        if self._stream is None:
-            return {}
-        done, cursor = self._stream.position()
-        return {"done": done, "cursor": dict(cursor)}
+        """Where the epoch stands: of a stream, in its shards, and else in its sequences."""
+        if self._stream is not None:
+            done, cursor = self._stream.position()
+            return {"done": done, "cursor": dict(cursor)}
+        return {"position": self._sampler.position()} if self._sampler is not None else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` saved."""
-        if state_dict:
+        if "cursor" in state_dict:
             self._stream_start = (state_dict["done"], state_dict["cursor"])
+        if "position" in state_dict:
+            self._position = (self.trainer, state_dict["position"])

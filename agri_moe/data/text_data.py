@@ -165,7 +165,7 @@ class TextDataModule(StreamingDataModule):
             rows = PackedRows(None, self.block_size, self.chat.pad_id)
             return self.stream_loader(self._rows_to_stream(), rows, max(1, self.tokens_per_batch // self.block_size))
         check_trainer(self.trainer)
-        return self._loader("train", shuffle=True)
+        return self.taken_up(self._loader("train", shuffle=True))
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Packed validation pieces in a fixed order; nothing when none are held out."""
