@@ -148,8 +148,10 @@ class NumericsGuard(lightning.Callback):
         bad = [(loss, rows) for loss, rows in held if not math.isfinite(loss)]
         ids = sorted({row for _, rows in bad or held for row in rows})
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        assert isinstance(data, StreamingDataModule), "the data modules of this package"
-        named = data.origins(ids[:LISTED])
+        if isinstance(data, StreamingDataModule):
+            named = data.origins(ids[:LISTED])
+        else:  # somebody's own, which alone knows where they came from
+            named = "row_ids " + ", ".join(map(str, ids[:LISTED]))
         return named if len(ids) <= LISTED else f"{named} and {len(ids) - LISTED} more"
 
 
