@@ -87,6 +87,11 @@ TOOLS = {
         "write the embedded Hindi crop-advisory rows (demonstration data)",
         "corpus --output corpus",
     ),
+    "select": (
+        "agri_moe.tools.select:select",
+        "choose rows under a budget, by the entropy of their tokens, without repeats and noise",
+        "select --input corpus/train.parquet --output selected.parquet --budget 10% --tokenizer corpus/tokenizer",
+    ),
 }
 
 

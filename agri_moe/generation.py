@@ -6,7 +6,7 @@ Shapes: B rows of a batch, T tokens so far, V vocabulary.
 import random
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +31,7 @@ from transformers.generation import BaseStreamer
 from agri_moe.data.chat import Answer, Chat, render_scenario, usable_text
 from agri_moe.models.causal import CausalModel
 
+Watch = Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]]], None]
 _OPEN, _CLOSE = "<think>", "</think>"
 _PLACES = {"system": "\ue000system\ue001", "user": "\ue000user\ue001"}
 
@@ -313,6 +314,7 @@ def generate(
     *,
     batch_size: int = 16,
     first_row: int = 0,
+    watch: Watch | None = None,
     **decoding: Any,
 ) -> Iterator[Generated]:
     """Answer prompts in batches, in order.
@@ -324,6 +326,7 @@ def generate(
         batch_size: Prompts that run together, padded on the left.
         first_row: Number of the first prompt among all that are answered, in as many calls as one likes; what is
             sampled hangs on it and on the seed.
+        watch: Told of each batch, its prompts and the ids written after them, before its first answer is given.
         **decoding: Fields of `Decoding`.
     """
     writer = _Writer(model, chat, Decoding(**decoding))
@@ -332,6 +335,8 @@ def generate(
         began = time.perf_counter()
         written = writer.write(batch, first_row + start)
         seconds = (time.perf_counter() - began) / len(batch)
+        if watch is not None:
+            watch(batch, written)
         for ids in written:
             yield writer.read(ids)._replace(seconds=seconds)
 
@@ -343,6 +348,7 @@ def stream(
     *,
     worker: Executor,
     stop: Event | None = None,
+    watch: Watch | None = None,
     **decoding: Any,
 ) -> Iterator[Generated]:
     """Answer one prompt: the answer so far as often as it has grown, and at last the whole.
@@ -356,6 +362,7 @@ def stream(
         prompt: Token ids, ending where the model goes on.
         worker: Runs the model. One with a single thread lets several streams take turns.
         stop: Set it to stop the model.
+        watch: Told of the prompt and the ids written after it, as in `generate`.
         **decoding: Fields of `Decoding`.
     """
     writer, stop = _Writer(model, chat, Decoding(**decoding)), stop or Event()
@@ -367,6 +374,8 @@ def stream(
     try:
         yield from _grown(news, writer)
         ids = _result(writing)
+        if watch is not None:
+            watch([prompt], [ids])
         yield writer.read(ids, stop.is_set())._replace(seconds=time.perf_counter() - began)
     finally:
         stop.set()

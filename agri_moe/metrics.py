@@ -251,6 +251,21 @@ def mutual_information(counts_LGE: Tensor) -> Tensor:
     return (entropies[0] + entropies[1] - entropies[2]).clamp(min=0.0)
 
 
+def load_by_group(chosen_LTK: Tensor, in_group_GT: Tensor, num_experts: int) -> Tensor:
+    """[L, G, E] float32: assignments of each group's tokens that each expert received, without waiting for the device.
+
+    Args:
+        chosen_LTK: Experts of each token in each layer.
+        in_group_GT: Which tokens are of which group; those of none count in nothing.
+        num_experts: E.
+    """
+    shape = (*chosen_LTK.shape[:2], num_experts)
+    served_LTE = torch.zeros(shape, dtype=torch.float32, device=chosen_LTK.device).scatter_(2, chosen_LTK, 1.0)
+    # Exact in float32 up to 2^24 assignments; autocast would round them to bf16.
+    with torch.autocast(chosen_LTK.device.type, enabled=False):
+        return in_group_GT.float() @ served_LTE
+
+
 class GroupRouting(_Sums):
     """What the rows of each group cost, and which experts serve them.
 
@@ -297,12 +312,7 @@ class GroupRouting(_Sums):
         self.nll_sum += nll_N.detach().to(self.nll_sum.dtype).where(in_group_GN, 0.0).sum(1)
         self.tokens += in_group_GN.sum(1)
         if chosen_LTK is not None:
-            shape = (*chosen_LTK.shape[:2], self.load.shape[2])
-            served_LTE = torch.zeros(shape, dtype=torch.float32, device=chosen_LTK.device)
-            served_LTE.scatter_(2, chosen_LTK, 1.0)
-            # Exact in float32 up to 2^24 assignments of a micro-batch; autocast would round the sums to bf16.
-            with torch.autocast(chosen_LTK.device.type, enabled=False):
-                self.load += self._in_group(row_T).float() @ served_LTE
+            self.load += load_by_group(chosen_LTK, self._in_group(row_T), self.load.shape[2])
 
     def _in_group(self, row_N: Tensor) -> Tensor:
         group_N = self.group_of_row[row_N.clamp(min=0)].where(row_N >= 0, -1)

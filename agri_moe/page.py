@@ -120,7 +120,7 @@ def _write(folder: Path, title: str, intro: str, sections: Iterable[Section]) ->
             content = png(picture) if isinstance(picture, Figure) else picture
             (folder / f"{name}.png").write_bytes(content)
             section.pictures[i] = Picture(name, content, caption)
-        parts.append(_render(section))
+        parts.append(render(section))
     page = folder / "index.html"
     replace_text(page, PAGE.substitute(title=escape(title), intro=escape(intro), body="\n".join(parts)))
     return page
@@ -443,7 +443,8 @@ def _folded(title: str, text: str) -> str:
     return f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>"
 
 
-def _render(section: Section) -> str:
+def render(section: Section) -> str:
+    """A section as HTML."""
     alarms = "".join(f'<p class="warning">{escape(text)}</p>' for text in section.warnings)
     said = "".join(f"<p>{escape(text)}</p>" for text in section.said)
     pictures = "".join(

@@ -32,6 +32,9 @@ FOLLOWED = {
     "balanced_perplexity": "balanced perplexity",
     "balance_score": "balance score: 1 is even",
     "dead_experts": "share of dead experts",
+    "max_violation": "busiest expert above the mean",
+    "dropped": "share of assignments dropped",
+    "router_temperature": "router temperature",
 }
 NOT_TERMS = ("learning_rate", "gradient_norm", "stage", "temperature", *FOLLOWED)
 

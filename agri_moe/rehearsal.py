@@ -112,7 +112,7 @@ def rehearse(module: LanguageModule, models: Models, rows: Rows, setting: Settin
         control_ids: Markers and the end of text.
     """
     ledger, batch = Ledger(), _batch(rows, control_ids)
-    batch |= module.stages[setting.stage].objective.select(batch, control_ids)
+    batch |= module.stages[setting.stage].objective.select(batch, control_ids) | module.routed_tokens(batch)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, _grouped_mm_of_any_type():
         batch = {name: mode.from_tensor(tensor) for name, tensor in batch.items()}
         with ledger:
@@ -201,7 +201,7 @@ def _build(module: LanguageModule, models: Models, setting: Setting, ledger: Led
     hf.config.use_cache = False
     if setting.gradient_checkpointing:
         hf.gradient_checkpointing_enable({"use_reentrant": False})
-    model = CausalModel(hf.train(), module.projections(hf.config))
+    model = CausalModel(hf.train(), module.projections(hf.config), module.routing_config)
     objective = module.stages[setting.stage].objective
     plan = objective.plan(model.num_layers, module.teacher_layers)
     for name, parameter in hf.named_parameters():
@@ -277,7 +277,7 @@ def _forward(step: _Step, batch: Batch) -> Tensor:
     with phase("student's forward pass"):
         out = module.model(batch, batch["positions"], _reader(step, signal), plan.student)
     with phase("terms on samples"):
-        routed = module.routing(out.router_logits, batch)
+        routed = module.routing(out, batch)
         now = Moment(replicas=step.setting.accumulate)
         terms = objective.sample_terms(out, signal, anchor, routed, batch, plan=plan, now=now, running=step.running)
         return torch.stack([out.read, *(term.loss for term in terms.values())]).sum()

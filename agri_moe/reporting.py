@@ -510,7 +510,7 @@ def say_groups(by_step: Mapping[int, Mapping[str, Array]]) -> list[str]:
 def _say_specialist(load_LGE: Array, groups: Sequence[str], layers: Sequence[int]) -> list[str]:
     # Against what the expert gets of all topics: a busy expert is no specialist.
     above_LGE = load_LGE - load_LGE.mean(1, keepdims=True)
-    layer, group, expert = np.unravel_index(int(above_LGE.argmax()), above_LGE.shape)
+    layer, group, expert = map(int, np.unravel_index(int(above_LGE.argmax()), above_LGE.shape))
     said = [
         f"Experts of layer {layers[layer]} differ most: expert {expert} gets {load_LGE[layer, group, expert]:.0%} of "
         f"{groups[group]}, and {load_LGE[layer, :, expert].mean():.0%} of a topic on the mean."

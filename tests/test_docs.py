@@ -96,6 +96,28 @@ def test_your_loss_term(folder):
     assert all(0 < value <= math.log(4) for value in entropies), "four experts"
 
 
+def test_use_as_a_library(folder, capsys):
+    """All in one session, as the page says."""
+    page = (ROOT / "docs" / "library.md").read_text()
+    session: dict[str, Any] = {}
+    for block in BLOCK.finditer(page):
+        assert block["kind"] == "python", "what is run is Python"
+        exec(compile(block["text"], "docs/library.md", "exec"), session)
+    out = capsys.readouterr().out
+    (difference,) = re.findall(r"change a logit by (\S+) at most", out)
+    assert float(difference) < 1e-4
+    module, result = session["module"], session["result"]
+    trained = {name for name, p in module.model.hf.named_parameters() if p.requires_grad}
+    assert trained == {f"model.layers.{i}.mlp.gate.weight" for i in range(2)}
+    start = session["ModelConfig"](source="sparse").load("start", session["chat"]).state_dict()
+    saved = AutoModelForCausalLM.from_pretrained("router_trained", dtype=torch.float32).state_dict()
+    assert {name for name in start if not torch.equal(start[name], saved[name])} == trained
+    assert sum(name.startswith("val/ce/") for name in result) == len(session["found"]["groups"])
+    assert all(Path(name).read_bytes().startswith(b"\x89PNG") for name in ("expert_load.png", "experts_by_crop.png"))
+    assert f"Experts over {len(session['prompt'])} tokens of prompts" in out
+    assert "perplexity times imbalance" in out
+
+
 def test_the_notebook_runs(tmp_path, monkeypatch):
     """With so few of its training steps that curves have two points."""
     nbclient = pytest.importorskip("nbclient")

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -18,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from agri_moe.cli import main
 from agri_moe.data.chat import Chat
 from agri_moe.data.chat_data import ChatDataModule
+from agri_moe.expert_use import ExpertUse
 from agri_moe.generation import (
     Decoding,
     Generated,
@@ -640,3 +642,151 @@ def test_parts_of_another_run_are_refused_by_name(dense, teacher, scenarios, tmp
     fcntl.flock(handle, fcntl.LOCK_EX)
     assert "is being written by another run" in refused(capsys, *command())
     os.close(handle)
+
+
+# ---------------------------------------------------------------------- a mixture, and which experts serve
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory, corpus) -> tuple[Path, Path]:
+    """A small mixture from random weights after some steps of PretrainModule, exported; and its checkpoint."""
+    folder = tmp_path_factory.mktemp("mixture")
+    shape = {"model_type": "qwen3_moe", "hidden_size": 32, "moe_intermediate_size": 32, "num_hidden_layers": 3}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_experts": 4}
+    shape |= {"num_experts_per_tok": 2, "norm_topk_prob": True, "mlp_only_layers": [0], "intermediate_size": 48}
+    config = {
+        "seed_everything": 0,
+        "model": {
+            "class_path": "PretrainModule",
+            "init_args": {
+                "network": {"config": shape},
+                "objective": {"ce": {"segments": ["assistant"]}, "balance": {"weight": 0.01}},
+                "learning_rate": 1e-2,
+            },
+        },
+        "data": {
+            "class_path": "ChatDataModule",
+            "init_args": {
+                "train": str(corpus / "train.parquet"),
+                "tokenizer": str(corpus / "tokenizer"),
+                "validation_share": 0,
+                "max_length": 512,
+                "tokens_per_batch": 1024,
+                "cache_dir": str(folder / "cache"),
+            },
+        },
+        "trainer": {"accelerator": "cpu", "default_root_dir": str(folder), "max_steps": 12, "log_every_n_steps": 1}
+        | dict.fromkeys(("enable_progress_bar", "enable_model_summary"), False)
+        | {"callbacks": [{"class_path": "agri_moe.callbacks.resume.Checkpoint", "init_args": {"every_n_steps": 12}}]},
+    }
+    (folder / "config.yaml").write_text(json.dumps(config))
+    run = main(["fit", "--config", str(folder / "config.yaml")]).run.folder
+    checkpoint = run / "checkpoints" / "step=00000012.ckpt"
+    options = ["--checkpoint", str(checkpoint), "--output", str(folder / "export"), "--dtype", "float32"]
+    main(["export", *options])
+    return folder / "export", checkpoint
+
+
+def by_hand(model, ids: list[int], prompt: int) -> torch.Tensor:
+    """[2, L, E] assignments token by token, as the model reads it with its cache; the last token is not read."""
+    counts, cache = torch.zeros(2, 2, 4), None
+    for place, token in enumerate(ids[:-1]):
+        with torch.no_grad():
+            out = model(torch.tensor([[token]]), past_key_values=cache, use_cache=True, output_router_logits=True)
+        cache = out.past_key_values
+        for layer, logits in enumerate(out.router_logits):
+            for expert in logits[0].argsort(descending=True)[:2].tolist():
+                counts[int(place >= prompt), layer, expert] += 1
+    return counts
+
+
+def test_a_pretrained_mixture_writes_what_transformers_writes_and_tells_its_experts(
+    mixture, scenarios, tmp_path, capsys, monkeypatch
+):
+    export, checkpoint = mixture
+    monkeypatch.chdir(tmp_path)
+    options = ["generate", "--model", str(export), "--input", str(scenarios), "--max_new_tokens", "40"]
+    options += ["--batch_size", "2"]
+    main([*options, "--output", "plain.parquet"])
+    capsys.readouterr()
+    main([*options, "--output", "told.parquet", "--utilisation", "use/experts.npz"])
+    printed = capsys.readouterr().out
+    plain, told = (pq.read_table(f"{name}.parquet").drop_columns(["seconds"]) for name in ("plain", "told"))
+    assert plain == told, "looking changes nothing"
+
+    model, chat = AutoModelForCausalLM.from_pretrained(export).eval(), Chat.load(str(export))
+    expected, tokens = torch.zeros(2, 2, 4), [0, 0]
+    rows = pq.read_table(scenarios).to_pylist()
+    for row, answer in zip(rows, told.to_pylist(), strict=True):
+        prompt = chat.encode_prompt(row["scenario"], row["system"])
+        length = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": chat.pad_id}
+        whole = model.generate(torch.tensor([prompt]), **length)[0].tolist()
+        written = whole[len(prompt) :]
+        assert len(set(written)) > 3, "a model that says one thing again and again shows nothing"
+        thought, advisory, _ = chat.parse(written)
+        assert (answer["generated_thought"], answer["tokens"]) == (thought, len(written))
+        assert advisory.startswith(answer["generated_advisory"])  # which never ends in half a letter
+        expected += by_hand(model, whole, len(prompt))
+        tokens = [tokens[0] + len(prompt), tokens[1] + len(written) - 1]
+
+    found = np.load("use/experts.npz")
+    assert found["layers"].tolist() == [1, 2]
+    assert found["tokens"].tolist() == tokens
+    assert np.array_equal(found["load"], expected)
+    assert found["parts"].tolist() == ["prompt", "answer"]
+    share = expected / expected.sum(-1, keepdim=True)
+    balance = -(share * share.clamp(min=1e-12).log()).sum(-1) / np.log(4)
+    assert found["balance"] == pytest.approx(balance.numpy(), abs=1e-6)
+    assert np.array_equal(found["dead"], (expected == 0).sum(-1))
+    assert ((found["entropy"] > 0) & (found["entropy"] <= 1)).all()
+    assert f"Experts over {tokens[0]:,} tokens of prompts and {tokens[1]:,} tokens of answers" in printed
+    last = printed.strip().splitlines()[-2].split()
+    assert last[0] == "answer"
+    assert [int(n) for n in last[-4:]] == [round(100 * n) for n in share[1, 1].tolist()]
+
+    # One scenario, from the checkpoint, as it comes.
+    main(["generate", "--model", str(checkpoint), "--scenario", rows[2]["scenario"], "--max_new_tokens", "40",
+          "--utilisation", "one.npz"])  # fmt: skip
+    prompt = chat.encode_prompt(rows[2]["scenario"], None)
+    whole = model.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False, pad_token_id=chat.pad_id)
+    assert np.array_equal(np.load("one.npz")["load"], by_hand(model, whole[0].tolist(), len(prompt)))
+
+
+def test_a_killed_run_still_tells_the_experts_of_all_its_answers(mixture, scenarios, tmp_path, monkeypatch, capsys):
+    from agri_moe import answering
+
+    monkeypatch.chdir(tmp_path)
+    options = ["generate", "--model", mixture[0], "--input", scenarios, "--max_new_tokens", "8", "--batch_size", "1"]
+    main([*map(str, options), "--output", "a.parquet", "--utilisation", "whole.npz"])
+    look, calls = answering.expert_use, []
+
+    def killed(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return look(*args)
+
+    monkeypatch.setattr(answering, "expert_use", killed)
+    with pytest.raises(KeyboardInterrupt):
+        main([*map(str, options), "--output", "b.parquet", "--utilisation", "parts.npz"])
+    main([*map(str, options), "--output", "b.parquet", "--utilisation", "parts.npz"])
+    assert len(calls) == 4, "three batches, one of them twice"
+    whole, parts = np.load("whole.npz"), np.load("parts.npz")
+    assert all(np.array_equal(whole[name], parts[name]) for name in whole.files)
+    main([*map(str, options), "--output", "c.parquet"])
+    assert "whole.npz exists" in refused(capsys, *options, "--output", "d.parquet", "--utilisation", "whole.npz")
+    assert "ends in .npz" in refused(capsys, *options, "--output", "d.parquet", "--utilisation", "whole.csv")
+
+
+def test_a_dense_model_has_no_experts_to_tell(dense, scenarios, tmp_path, capsys, no_models):
+    options = ["--input", scenarios, "--output", tmp_path / "a.parquet", "--utilisation", tmp_path / "use.npz"]
+    assert "has no experts that tokens choose" in refused(capsys, "generate", "--model", dense, *options)
+
+
+def test_the_table_of_many_experts_names_the_busiest():
+    load = np.zeros((2, 1, 20))
+    load[0, 0, [3, 17, 5]] = [6, 3, 1]
+    use = ExpertUse(np.array([7]), load, np.array([[0.0], [0.0]]), np.array([5.0, 0.0]))
+    header, *lines = use.table().splitlines()
+    assert header.startswith("Experts over 5 tokens of prompts and 0 tokens of answers.")
+    assert " ".join(lines[1].split()) == "7 prompt 0.000 0.300 17 3 (60), 17 (30), 5 (10)"

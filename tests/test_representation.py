@@ -265,7 +265,8 @@ class HostReads(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name()
-        masked = name.startswith("aten::index") and any(getattr(i, "dtype", None) == torch.bool for i in args[1])
+        by_place = name.startswith("aten::index") and isinstance(args[1], list | tuple)
+        masked = by_place and any(getattr(i, "dtype", None) == torch.bool for i in args[1])
         if masked or any(waiting in name for waiting in self.WAITING):
             self.seen.append(f"{name} in {''.join(traceback.format_stack(limit=12)[:-1])}")
         return func(*args, **(kwargs or {}))

@@ -1,10 +1,17 @@
 """Router losses against a loop over tokens, transformers and values by hand."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
+from transformers.models.switch_transformers.modeling_switch_transformers import (
+    load_balancing_loss_func,
+    router_z_loss_func,
+)
 
-from agri_moe.losses import balance_loss, routing
+from agri_moe.losses import balance_loss, max_violation, routing
+from agri_moe.metrics import RoutingStatistics, balance_score, balanced_perplexity
 
 
 def naive_routing(layers: list[Tensor], top_k: int, valid: Tensor) -> dict[str, Tensor]:
@@ -72,6 +79,35 @@ def test_layers_collapsed_on_disjoint_experts_score_as_collapsed():
     assert load_balancing_loss_func((first, second), 2, 1) == pytest.approx(1.0)  # pooled, it looks balanced
 
 
+def test_collapse_shows_in_score_and_perplexity_too():
+    """Each layer answers for itself: pooled, the load of these two would be perfectly even."""
+    first, second = torch.zeros(10, 2), torch.zeros(10, 2)
+    first[:, 0], second[:, 1] = 50.0, 50.0
+    metric = RoutingStatistics(2, 2)
+    metric.update(routing([first, second], 1, torch.ones(10, dtype=torch.bool)))
+    found = metric.compute()
+    assert found["balance"].tolist() == [0.0, 0.0]
+    assert found["dead"].tolist() == [0.5, 0.5]
+    assert balance_score(found["load"].sum(0)).item() == pytest.approx(1.0)
+    assert balanced_perplexity(1.0, found["balance"].mean(), beta=0.5).item() == pytest.approx(math.exp(1.5))
+
+
+def test_balance_loss_by_hand():
+    logits = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.6, 0.3]]).log()
+    # P = (0.3, 0.45, 0.25); at top-1 f = (1/2, 1/2, 0), at top-2 (1/4, 2/4, 1/4).
+    for top_k, expected in ((1, 3 * (0.15 + 0.225)), (2, 3 * (0.075 + 0.225 + 0.0625))):
+        assert balance_loss(routing([logits], top_k, torch.ones(2).bool())).item() == pytest.approx(expected)
+
+
+def test_what_experts_worked_on_is_no_part_of_the_balance_loss():
+    logits = torch.tensor([[2.0, 1, 0, 0]]).repeat(6, 1)
+    even = torch.full((1, 4), 3.0)
+    ours = routing([logits], 2, torch.ones(6).bool(), even)
+    assert torch.equal(ours.load_LE, even)
+    assert ours.wanted_LE.tolist() == [[6.0, 6, 0, 0]]
+    assert torch.equal(balance_loss(ours), balance_loss(routing([logits], 2, torch.ones(6).bool())))
+
+
 def test_balance_loss_is_one_at_balance():
     logits = 3.0 * torch.eye(4).repeat(5, 1)
     torch.testing.assert_close(balance_loss(routing([logits], 1, torch.ones(20).bool())), torch.ones(1))
@@ -85,6 +121,23 @@ def test_z_loss_by_hand():
     second = -log2.expand(2, 2)
     ours = routing([first, second], 1, torch.ones(2).bool())
     torch.testing.assert_close(ours.z_sum, 2.5 * log2**2)
+
+
+def test_switch_transformers_in_transformers_has_the_same_losses():
+    """Where one expert is chosen its balance loss is ours, and its z-loss is the mean over tokens of ours."""
+    torch.manual_seed(0)
+    logits = torch.randn(3, 20, 6)  # groups, tokens, experts, of which transformers takes the mean over groups
+    whole = routing([logits.flatten(0, 1)], 1, torch.ones(60).bool())
+    assert (whole.z_sum / whole.tokens).item() == pytest.approx(router_z_loss_func(logits).item())
+    p = logits.softmax(-1)
+    theirs = load_balancing_loss_func(p, p.argmax(-1))
+    ours = torch.stack([balance_loss(routing([group], 1, torch.ones(20).bool()))[0] for group in logits])
+    assert ours.mean().item() == pytest.approx(theirs.item())
+
+
+def test_how_far_the_busiest_expert_is_above_the_mean():
+    assert max_violation(torch.tensor([[5.0, 1, 3, 3], [0, 0, 0, 12]])).item() == pytest.approx((2 / 3 + 3) / 2)
+    assert max_violation(torch.full((1, 4), 7.0)) == max_violation(torch.zeros(2, 4)) == 0
 
 
 def test_no_valid_token_is_a_zero_with_a_graph():

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -673,3 +674,48 @@ def test_the_commands_import_nothing_heavy() -> None:
         "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+# ---- generation
+
+
+TEXT = [(7 * i * i + 3 * i + i // 5) % 90 for i in range(400)]
+"""What the models below learn to go on with: no short circle, so that greedy text is none."""
+
+
+@pytest.fixture(scope="module", params=["qwen3", "llama", "mistral"])
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small dense model of each family that has learned a sequence."""
+    shape = TINY | {"hidden_size": 48, "intermediate_size": 64, "max_position_embeddings": 256, "eos_token_id": 95}
+    config = {
+        "qwen3": Qwen3Config(**shape, tie_word_embeddings=True),
+        "llama": LlamaConfig(**shape, rope_parameters=LLAMA3_ROPE),
+        "mistral": MistralConfig(**shape, sliding_window=32),
+    }[request.param]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(60):
+        rows = torch.tensor([TEXT[(37 * (4 * step + i)) % 300 :][:96] for i in range(4)])
+        model(input_ids=rows, labels=rows).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    folder = tmp_path_factory.mktemp("trained") / request.param
+    model.save_pretrained(folder)
+    (folder / "tokenizer_config.json").write_text("{}\n", encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("changes", [{}, {"granularity": 2, "num_experts": 8, "num_experts_per_tok": 2}])
+def test_upcycled_generation_is_the_dense_model_s_token_for_token(
+    trained: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    upcycle(trained, tmp_path / "moe", replace(EXACT, **changes))
+    dense, sparse = (load(folder).eval() for folder in (trained, tmp_path / "moe"))
+    assert is_moe(sparse.config)
+    prompts = torch.tensor([TEXT[start : start + 12] for start in (0, 50, 111, 230)])
+    length = {"max_new_tokens": 72, "min_new_tokens": 72, "do_sample": False}
+    written = [model.generate(prompts, **length)[:, 12:].tolist() for model in (dense, sparse)]
+    assert all(len(row) == 72 for row in written[0])
+    assert min(len(set(row)) for row in written[0]) > 12, "not the same few tokens again and again"
+    assert written[0] == written[1]

@@ -75,7 +75,7 @@ class SampleAdvisories(lightning.Callback):
 
     def _answers(self, model: CausalModel, frame: Chat | ModelTemplate, rows: list[dict[str, Any]]) -> list[Generated]:
         prompts = [frame.encode_prompt(row["scenario"], row.get("system")) for row in rows]
-        options = {"max_new_tokens": self.max_new_tokens, "batch_size": self.rows}
+        options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "batch_size": self.rows}
         return list(generate(model, frame, prompts, **options))
 
     def _teacher_answers(self, module: LanguageModule, chat: Chat, rows: list[dict[str, Any]]) -> list[Generated]:

@@ -17,7 +17,7 @@ from agri_moe.losses.logits import (
     log_probabilities,
     token_statistics,
 )
-from agri_moe.losses.routing import Routing, balance_loss, routing
+from agri_moe.losses.routing import Routing, balance_loss, max_violation, routing
 from agri_moe.losses.sparse import SparseTeacher, entropy, most_probable, sampled_counts
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "hidden_distance",
     "linear_cka",
     "log_probabilities",
+    "max_violation",
     "minibatch_hsic",
     "most_probable",
     "routing",

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
@@ -18,33 +19,24 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from agri_moe.data.chat import Chat, Segment
-from agri_moe.evaluation import Evaluation, Measure, Row, score_answers
+from agri_moe.evaluation import Evaluation, Row, score_answers
+from agri_moe.expert_use import choices
 from agri_moe.generation import generate
-from agri_moe.losses import Routing, routing, token_statistics
-from agri_moe.metrics import (
-    GroupRouting,
-    RoutingStatistics,
-    SegmentLoss,
-    TeacherAgreement,
-    TermMean,
-    balance_score,
-    balanced_perplexity,
-    tokens_seen,
-)
+from agri_moe.losses import Routing, max_violation, routing, token_statistics
+from agri_moe.metrics import GroupRouting, RoutingStatistics, balance_score, balanced_perplexity
 from agri_moe.models.causal import CausalModel, Forward
 from agri_moe.models.experts import visits
+from agri_moe.models.routing import POSITIONS, RoutingConfig, token_positions
 from agri_moe.models.sharding import shard
 from agri_moe.models.source import ModelConfig, check_vocabulary
-from agri_moe.models.training import TrainingModule
+from agri_moe.models.training import TrainingModule, layer_name
 from agri_moe.models.upcycle import is_moe
+from agri_moe.models.validation import Validation
 from agri_moe.objective import Batch, Objective, Plan, Running, Term
 from agri_moe.optimizer import OptimizerConfig
 from agri_moe.schedules import Moment
 from agri_moe.stages import Stage, StageSettings, check_total, settings, spans, stage_at, trained_summary
 from agri_moe.teacher import TeacherSignal
-
-STATISTICS = ("cka", "attention", "diversity", "balance")
-"""Terms of which each micro-batch has one value, and not each token."""
 
 
 class LanguageModule(TrainingModule, ABC):
@@ -62,6 +54,7 @@ class LanguageModule(TrainingModule, ABC):
         stages: Parts of the run with settings of their own, one after the other; each is as if a new run had begun
             from the weights that the one before it left, only that the rows go on. None is one stage.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
+        routing: How a mixture's routers choose in training; None leaves them to the stock model.
         max_new_tokens: Where `test` and `predict` cut answers off; at 0 `test` has none written.
         balance_beta: Weight of imbalance in the balanced perplexity, exp(CE) exp(beta (1 - B)) with B the mean over the
             layers of the normalised entropy of the experts' load; no part of the loss.
@@ -72,7 +65,7 @@ class LanguageModule(TrainingModule, ABC):
 
     model: CausalModel
     model_key: str
-    val_routing: RoutingStatistics
+    validation: Validation
     evaluation: Evaluation
 
     def __init__(
@@ -84,6 +77,7 @@ class LanguageModule(TrainingModule, ABC):
         learning_rate_multipliers: dict[str, float] | None = None,
         stages: list[Stage] | None = None,
         gradient_checkpointing: bool = False,
+        routing: RoutingConfig | None = None,
         max_new_tokens: int = 512,
         balance_beta: float = 1.0,
     ):
@@ -99,12 +93,13 @@ class LanguageModule(TrainingModule, ABC):
             multipliers=learning_rate_multipliers or {},
         )
         self.gradient_checkpointing = gradient_checkpointing
+        self.routing_config = routing
         self.max_new_tokens = max_new_tokens
         self.balance_beta = balance_beta
-        self.val_groups: GroupRouting | None = None  # where the data module sorts its rows into groups
         self._step_load: Tensor | None = None  # [L, E] assignments of the step's micro-batches
         self._answered: list[Row] = []  # rows of a test with the model's answers
         self._step_terms: dict[str, Tensor] = {}
+        self._routed_loads: Tensor | None = None  # of the routers, by layer; see `Routers.end_pass`
         self._spans: list[range] | None = None  # of the stages, while fitting
         self._entered: int | None = None
         self._resting: list[Tensor] = []
@@ -133,6 +128,8 @@ class LanguageModule(TrainingModule, ABC):
             raise ValueError(
                 f"objective.diversity compares experts, and {self.model_key} has none: set its weight to 0."
             )
+        if self.routing_config is not None:
+            self.routing_config.check(config, self.model_key)
         with torch.device("meta"):
             names = [name for name, _ in AutoModelForCausalLM.from_config(config).named_parameters()]
         for stage in self.stages:
@@ -154,6 +151,8 @@ class LanguageModule(TrainingModule, ABC):
         """
         if self.stage_config and max_steps > 0:
             check_total(self.stage_config, max_steps)
+        if self.routing_config and max_steps > 0:
+            self.routing_config.check_steps(max_steps)
 
     @property
     def teacher_layers(self) -> int:
@@ -185,6 +184,14 @@ class LanguageModule(TrainingModule, ABC):
         self._spans = self._entered = None
         if stage == "fit":
             self._spans = self._stage_spans()
+            if self.routing_config is not None:
+                self.routing_config.check_steps(self._spans[-1].stop)
+        chosen = self.routing_config is not None and self.routing_config.kind == "expert_choice"
+        if chosen and getattr(self.trainer.datamodule, "group_by", None):  # type: ignore[attr-defined]
+            raise ValueError(
+                "data.group_by tells which experts a group's tokens choose, and with model.routing.kind: expert_choice "
+                "experts choose: leave one of the two out."
+            )
 
     def configure_model(self) -> None:
         """Load the model and mark what is trained. Called by Lightning, once per stage; loads once."""
@@ -204,7 +211,13 @@ class LanguageModule(TrainingModule, ABC):
 
     def build(self, hf: PreTrainedModel) -> None:
         """Take `hf` as the model: freeze, shard, and set up the metrics that depend on its shape."""
-        self.model = CausalModel(hf.train(), self.projections(hf.config))
+        self.model = CausalModel(hf.train(), self.projections(hf.config), self.routing_config)
+        if self.routing_config is not None and self.routing_config.kind == "expert_choice":
+            rank_zero_warn(
+                "model.routing.kind: expert_choice: experts choose among the tokens that are there, in evaluation too: "
+                "text written token by token is answered by another function than was trained. No stock model has it, "
+                "and export refuses it."
+            )
         self.plans = [objective.plan(self.model.num_layers, self.teacher_layers) for objective in self.objectives]
         factors = self._learning_rate_factors()
         for name, parameter in self._parameters_by_name().items():
@@ -212,15 +225,14 @@ class LanguageModule(TrainingModule, ABC):
         if self.device_mesh is not None:
             mixed = self.trainer.precision == "bf16-mixed"
             shard(self.model, self.device_mesh["data_parallel"], torch.bfloat16 if mixed else None)
-        segments = dict.fromkeys(name for objective in self.objectives for name in objective.ce.segments)
-        self.val_loss = SegmentLoss({name: Segment[name.upper()] for name in segments})
-        self.val_teacher = TeacherAgreement()
         self.running_means = nn.ModuleList(
             nn.ModuleDict(objective.running(plan)) for objective, plan in zip(self.objectives, self.plans, strict=True)
         )
-        self.val_terms = nn.ModuleDict({name: TermMean() for name in self._evaluated_terms()})
-        if self.model.routers:
-            self.val_routing = RoutingStatistics(len(self.model.routers), self.model.num_experts)
+        segments: dict[str, int] = {
+            name: Segment[name.upper()] for objective in self.objectives for name in objective.ce.segments
+        }
+        routers, experts = len(self.model.routers), self.model.num_experts
+        self.validation = Validation(segments, self._evaluated_terms(), routers, experts, self.balance_beta)
 
     def _evaluated_terms(self) -> list[str]:
         """Names of the terms that are validated: each as a whole, and by layer of the student where it has layers."""
@@ -294,6 +306,8 @@ class LanguageModule(TrainingModule, ABC):
         torch has it, the state of a parameter would be looked for in another order.
         """
         checkpoint["hf_config"] = self.model.hf.config.to_dict()
+        if self.routing_config is not None:
+            checkpoint["routing"] = self.routing_config.facts
         for state, optimizer in zip(checkpoint.get("optimizer_states", []), self.trainer.optimizers, strict=True):
             _by_name(state, self._numbered(optimizer))
 
@@ -307,8 +321,8 @@ class LanguageModule(TrainingModule, ABC):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Fit the state of the objective to a checkpoint that another objective left.
 
-        Running means begin afresh where it has none, and are dropped where they are no longer asked for. So are
-        projections; but one that was never trained measures and teaches nothing.
+        Running means, and what other routing keeps, begin afresh where it has none, and are dropped where they are no
+        longer asked for. So are projections; but one that was never trained measures and teaches nothing.
 
         Raises:
             ValueError: If the checkpoint lacks a projection.
@@ -317,7 +331,7 @@ class LanguageModule(TrainingModule, ABC):
         if not state:  # sharded, read into what is there
             return
         own = self.state_dict()
-        for prefix in ("running_means.", "model.projections."):
+        for prefix in ("running_means.", "model.projections.", "model.routing."):
             ours = {name: t for name, t in own.items() if name.startswith(prefix)}
             theirs = {name for name in state if name.startswith(prefix)}
             fits = {name for name in theirs if name in ours and ours[name].shape == state[name].shape}
@@ -325,6 +339,11 @@ class LanguageModule(TrainingModule, ABC):
                 raise ValueError(
                     f"the checkpoint lacks {lacking[0]}, which objective.hidden trains: keep objective.hidden.layers "
                     "as the run had it, or set objective.hidden.weight: 0."
+                )
+            if prefix == "model.routing." and theirs - fits:
+                rank_zero_warn(
+                    "the checkpoint was trained with model.routing, parts of which this config leaves out: temperature "
+                    "and biases of its routers are not what they were."
                 )
             for name in theirs - fits:
                 del state[name]
@@ -335,8 +354,12 @@ class LanguageModule(TrainingModule, ABC):
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Choose positions on the CPU, where it costs no synchronisation with the device."""
         if isinstance(batch, dict) and "target_ids" in batch:
-            return batch | self.objective.select(batch, self.control_ids)
+            return batch | self.objective.select(batch, self.control_ids) | self.routed_tokens(batch)
         return batch
+
+    def routed_tokens(self, batch: Batch) -> Batch:
+        """What routers of other ways want to know of a batch, on the CPU: which tokens are no padding."""
+        return {} if self.routing_config is None else {POSITIONS: token_positions(batch)}
 
     @cached_property
     def control_ids(self) -> list[int]:
@@ -422,6 +445,8 @@ class LanguageModule(TrainingModule, ABC):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed from (seed, step, rank): a resumed run draws what the undisturbed one would have drawn."""
         self._enter_stage()
+        if self.model.routing is not None:
+            self.model.routing.begin_step(self.global_step)
         torch.manual_seed(hash((self.seed, self.global_step, batch_idx, self.global_rank)))
 
     @property
@@ -458,11 +483,11 @@ class LanguageModule(TrainingModule, ABC):
         objective, now, running = self.objective, self.now, self.running
         read = partial(objective.logit_loss, batch=batch, signal=signal, now=now, running=running)
         out = self.model(batch, batch["positions"], read, self.plan.student)
-        routed = self.routing(out.router_logits, batch)
+        routed = self.routing(out, batch)
         terms = objective.logit_terms(out.read, batch, with_teacher=signal is not None)
         terms |= objective.sample_terms(out, signal, anchor, routed, batch, plan=self.plan, now=now, running=running)
         terms |= self.own_terms(out, batch, signal)
-        self._keep(terms)
+        self._keep(terms, out.loads)
         if routed is not None:
             self._step_load = routed.load_LE if self._step_load is None else self._step_load + routed.load_LE
         # DDP waits for the gradients of projections too, in a stage or step that does not use them.
@@ -480,14 +505,19 @@ class LanguageModule(TrainingModule, ABC):
         """
         return {}
 
-    def routing(self, router_logits: list[Tensor], batch: Batch) -> Routing | None:
+    def routing(self, out: Forward[Any], batch: Batch) -> Routing | None:
         """What the routers did with the tokens that are no padding; None for a dense model."""
-        if not router_logits:
+        if not out.router_logits:
             return None
-        return routing(router_logits, self.model.top_k, (batch["segment_ids"] != Segment.PAD).flatten())
+        valid_N = (batch["segment_ids"] != Segment.PAD).flatten()
+        worked_LE = torch.stack([load[1] for load in out.loads]) if out.loads else None
+        return routing(out.router_logits, self.model.top_k, valid_N, worked_LE)
 
-    def _keep(self, terms: dict[str, Term]) -> None:
-        """Add up total, tokens and layers of each term over the micro-batches of a step."""
+    def _keep(self, terms: dict[str, Term], loads: Sequence[Tensor]) -> None:
+        """Add up total, tokens and layers of each term, and the routers' loads, over the micro-batches of a step."""
+        if loads:
+            loads_L2E = torch.stack(list(loads))
+            self._routed_loads = loads_L2E if self._routed_loads is None else self._routed_loads + loads_L2E
         for name, term in terms.items():
             parts = [term.total.detach().float()[None], term.tokens.float()[None]]
             sums = torch.cat(parts if term.layers is None else [*parts, term.layers.float()])
@@ -514,6 +544,7 @@ class LanguageModule(TrainingModule, ABC):
         load_LE = None if self._step_load is None else parts[-1].view_as(self._step_load)
         self._step_load = None
         self.log_step(values, self._told(values["ce"], load_LE))
+        self._end_routing_step()
         self.log("train/learning_rate", self.learning_rate_now())
         if self.stage_config is not None:
             self.log("train/stage", float(self.stage_index + 1))
@@ -527,6 +558,19 @@ class LanguageModule(TrainingModule, ABC):
             values["dead_experts"] = (load_LE == 0).float().mean()
             values["balanced_perplexity"] = balanced_perplexity(ce, values["balance_score"], self.balance_beta)
         return values
+
+    def _end_routing_step(self) -> None:
+        """Log what the routers did in the finished step, and let them learn from its loads."""
+        if self.model.routing is None or self._routed_loads is None:
+            return
+        chosen_LE, worked_LE = self.trainer.strategy.reduce(self._routed_loads, reduce_op="sum").unbind(1)
+        self._routed_loads = None
+        values = {"router_temperature": self.model.routing.temperature, "max_violation": max_violation(chosen_LE)}
+        if self.model.routing.rule.drop:
+            values["dropped"] = 1 - worked_LE.sum() / chosen_LE.sum().clamp(min=1)
+        self.log_dict({f"train/{name}": value for name, value in values.items()})
+        assert self._spans is not None, "training has been set up"
+        self.model.routing.end_step(chosen_LE, self._spans[-1].stop - self.global_step)
 
     def log_step(self, values: dict[str, Tensor], told: dict[str, Tensor]) -> None:
         """Log the terms of a finished step, and what follows from them."""
@@ -572,50 +616,42 @@ class LanguageModule(TrainingModule, ABC):
             teacher_head_VD=signal.head_VD if signal else None,
             sparse_teacher=signal.sparse if signal else None,
         )
-        out = self.model(batch, batch["positions"], read, self.plan.student)
-        self.val_loss.update(out.read.nll_N, batch["segments"])
-        if signal is not None:
-            self.val_teacher.update(out.read.kl_M, out.read.agree_M)
-        routed = self.routing(out.router_logits, batch)
-        if routed is not None:
-            self.val_routing.update(routed)
-        if self.val_groups is not None:
-            # The tokens that `val/ce` counts, so that it is the mean of the groups' losses.
-            counted = torch.isin(batch["segments"], batch["segments"].new_tensor(list(self.val_loss.segments.values())))
-            row_T = batch["row_ids"].flatten()
-            row_N = row_T[batch["positions"]].where(counted, -1)
-            self.val_groups.update(out.read.nll_N, row_N, self._chosen(out.router_logits), row_T)
+        with choices(self.model.routers if self.validation.groups is not None else []) as chosen:
+            out = self.model(batch, batch["positions"], read, self.plan.student)
+        routed = self.routing(out, batch)
+        self.validation.update(out.read, batch, routed, chosen, taught=signal is not None)
         terms = self.objective.sample_terms(
             out, signal, anchor, routed, batch, plan=self.plan, now=Moment(), running=self.running
         )
         for name, term in terms.items():
-            self._val_term(name).update(term.total, term.tokens)
             layers = [student for student, _ in self.plan.pairs.get(name, [])]
             if name == "diversity":
                 layers = list(range(len(self.model.routers)))
-            if term.layers is not None and layers:
-                for layer, value in zip(layers, term.layers, strict=True):
-                    self._val_term(layer_name(name, layer)).update(value, term.tokens)
+            self.validation.update_term(name, term, layers)
 
-    def _chosen(self, router_logits: list[Tensor]) -> Tensor | None:
-        """Experts of each token [L, T, K], by the float32 softmax as transformers chooses; None for a dense model."""
-        if not router_logits:
-            return None
-        return torch.stack([x.float().softmax(-1).topk(self.model.top_k).indices for x in router_logits])
+    @property
+    def val_routing(self) -> RoutingStatistics | None:
+        """What the routers did with the validation rows so far; None for a dense model."""
+        return self.validation.routing
+
+    @property
+    def val_groups(self) -> GroupRouting | None:
+        """What is known of groups of the validation rows so far; None where none are told apart."""
+        return self.validation.groups
 
     def _sort_rows(self, split: str) -> None:
         """Get ready to tell groups of rows apart, where the data module has any."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         groups = data.groups(split) if getattr(data, "group_by", None) else None
         if groups is None:
-            self.val_groups = None
+            self.validation.groups = None
             return
-        of_row = torch.from_numpy(groups.of_row)
-        metric = GroupRouting(groups.names, of_row, len(self.model.routers), self.model.num_experts)
-        self.val_groups = metric.to(self.device)
-
-    def _val_term(self, name: str) -> TermMean:
-        return cast(TermMean, self.val_terms[name])
+        names, of_row = list(groups.names), torch.from_numpy(groups.of_row)
+        if any(isinstance(logger, MLFlowLogger) for logger in self.trainer.loggers):
+            # It drops letters that are not plain: two Hindi names would be one curve.
+            names = [name if name.isascii() else f"{number} {name}" for number, name in enumerate(names)]
+        metric = GroupRouting(names, of_row, len(self.model.routers), self.model.num_experts)
+        self.validation.groups = metric.to(self.device)
 
     @property
     def answers_tests(self) -> bool:
@@ -663,75 +699,13 @@ class LanguageModule(TrainingModule, ABC):
 
     def log_evaluation(self, prefix: str) -> None:
         """Log what has been gathered, across ranks, and begin anew."""
-        losses = self.val_loss.compute()
-        if not losses:
+        values = self.validation.values()
+        if "ce" not in values:
             rank_zero_warn(f"{prefix}: no token is supervised, so there is no loss to report.")
-        names = {"loss": "ce"}
-        values = {f"{prefix}/{names.get(name, name)}": value for name, value in losses.items()}
-        if self.val_teacher.update_called:
-            values |= {f"{prefix}/{name}": value for name, value in self.val_teacher.compute().items()}
-        val_terms = {name: self._val_term(name) for name in self.val_terms}
-        for name, metric in val_terms.items():
-            if metric.update_called and (value := metric.compute()) is not None:
-                values[f"{prefix}/{name}"] = value
-        if self.model.routers:
-            values |= {f"{prefix}/{name}": value for name, value in self._routing_values(losses).items()}
-        values |= {f"{prefix}/{name}": value for name, value in self._group_values().items()}
-        self.log_dict(values)
+        self.log_dict({f"{prefix}/{name}": value for name, value in values.items()})
         if prefix == "test":
-            self.evaluation = Evaluation(self._measures(values))
-        if self.model.routers:
-            self.val_routing.reset()
-        for used in (self.val_loss, self.val_teacher, *val_terms.values()):
-            used.reset()
-        self.val_groups = None
-
-    def _measures(self, values: dict[str, Tensor]) -> dict[str, Measure]:
-        """What was logged of a test, with the tokens, or for a statistic of each micro-batch those, behind a number."""
-        by_segment = tokens_seen(self.val_loss)
-        seen: dict[str, Tensor] = {name: tokens_seen(self._val_term(name)) for name in self.val_terms}
-        for segment, tokens in zip(self.val_loss.segments, by_segment, strict=True):
-            seen |= dict.fromkeys((f"loss_{segment}", f"perplexity_{segment}"), tokens)
-        seen |= dict.fromkeys(("ce", "perplexity", "balanced_perplexity"), by_segment.sum())
-        seen |= dict.fromkeys(("kl", "agreement"), tokens_seen(self.val_teacher))
-        if self.model.routers:
-            seen |= dict.fromkeys(("router_entropy", "balance_score", "dead_experts"), tokens_seen(self.val_routing))
-        if self.val_groups is not None:
-            by_group = tokens_seen(self.val_groups)
-            seen |= {f"ce/{name}": tokens for name, tokens in zip(self.val_groups.names, by_group, strict=True)}
-            seen["group_information"] = by_group.sum()
-        measures = {}
-        for key, value in values.items():
-            name = key.removeprefix("test/")
-            statistic = name.split("/")[0].removeprefix("anchor_") in STATISTICS
-            measures[name] = Measure(float(value), int(seen[name]), "micro-batches" if statistic else "tokens")
-        return measures
-
-    def _routing_values(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Means over the layers; nothing if no token was routed."""
-        stats = self.val_routing.compute()
-        if not stats:
-            return {}
-        values = {
-            "router_entropy": stats["normalized_entropy"].mean(),
-            "balance_score": stats["balance"].mean(),
-            "dead_experts": stats["dead"].mean(),
-        }
-        if losses:
-            values["balanced_perplexity"] = balanced_perplexity(
-                losses["loss"], values["balance_score"], self.balance_beta
-            )
-        return values
-
-    def _group_values(self) -> dict[str, Tensor]:
-        """The loss of each group of rows, and what experts tell of groups, mean over the layers."""
-        stats = {} if self.val_groups is None else self.val_groups.compute()
-        if not stats or self.val_groups is None:
-            return {}
-        values = {f"ce/{name}": stats["ce"][i] for i, name in enumerate(self.val_groups.names) if stats["tokens"][i]}
-        if self.model.routers:
-            values["group_information"] = stats["mutual_information"].mean()
-        return values
+            self.evaluation = Evaluation(self.validation.measures(values))
+        self.validation.reset()
 
 
 def of_all_ranks(rows: list[Row]) -> list[Row]:
@@ -752,11 +726,6 @@ def _by_name(state: dict[str, Any], names: Sequence[str]) -> None:
     state["state"] = {names[number]: moments for number, moments in state["state"].items()}
     for group in groups:
         group["params"] = [names[number] for number in group["params"]]
-
-
-def layer_name(term: str, layer: int) -> str:
-    """Name of one layer's share of a term."""
-    return f"{term}/layer_{layer:02d}"
 
 
 def parameter_counts(model: CausalModel) -> tuple[int, int, int]:

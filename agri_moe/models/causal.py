@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from agri_moe.models.attention import capture_attention
 from agri_moe.models.experts import follow_autocast
+from agri_moe.models.routing import POSITIONS, Routers, RoutingConfig
 from agri_moe.models.sharding import place, rows
 
 R = TypeVar("R")
@@ -43,6 +44,7 @@ class Forward(NamedTuple, Generic[R]):
     projected: dict[tuple[int, int], Tensor]  # pair of layers -> the stream in the other's width
     attention: dict[int, Tensor]  # layer -> [B, G, Q, T], mean over each of the G key-value groups
     experts: list[Tensor]  # one [E, S, D] per MoE layer, first layer first
+    loads: Sequence[Tensor] = ()  # as `Routers.end_pass` has them; empty where the routers are the stock ones
 
 
 class CausalModel(nn.Module):
@@ -53,9 +55,15 @@ class CausalModel(nn.Module):
             their MoE forms have.
         projections: Pair of layers -> width of the other model, where a residual stream is to be projected to it. The
             projections are trained with the model, and no part of what is exported.
+        routing: How its routers choose; None leaves them as they are.
     """
 
-    def __init__(self, hf: PreTrainedModel, projections: dict[tuple[int, int], int] | None = None):
+    def __init__(
+        self,
+        hf: PreTrainedModel,
+        projections: dict[tuple[int, int], int] | None = None,
+        routing: RoutingConfig | None = None,
+    ):
         super().__init__()
         self.hf = hf
         follow_autocast(hf)
@@ -63,6 +71,7 @@ class CausalModel(nn.Module):
         self.projections = nn.ModuleDict(
             {f"{i}_{j}": nn.Linear(width, other, bias=False) for (i, j), other in (projections or {}).items()}
         )
+        self.routing = None if routing is None else Routers(hf, routing)
         self.layer_dtype: torch.dtype | None = None  # in which a sharded model's layers are gathered, if not their own
         self._asked_sample: Tensor | None = None  # of the pass that is about to begin
         self._expert_sample: Tensor | None = None  # of the last pass, which the backward pass may run again
@@ -114,7 +123,7 @@ class CausalModel(nn.Module):
 
         Args:
             batch: `input_ids` and `position_ids` [B, T] (positions restart at each packed row), and what `reads` needs:
-                `sample` (and `hidden_sample`), `queries`, `expert_sample`.
+                `sample` (and `hidden_sample`), `queries`, `expert_sample`; with routing of its own `token_positions`.
             positions_N: Flat indices b T + t of the positions that `read` sees.
             read: Takes (hidden_ND, head_VD).
             reads: What else is wanted.
@@ -122,6 +131,8 @@ class CausalModel(nn.Module):
         backbone = self.hf.model
         routers = self.routers
         self._asked_sample = batch["expert_sample"] if reads.experts else None
+        if self.routing is not None:
+            self.routing.expect(batch[POSITIONS])
         experts: dict[int, Tensor] = {}
         self._expert_outputs = experts
         with (
@@ -146,6 +157,7 @@ class CausalModel(nn.Module):
             projected=self._project(layers, batch, hidden_BTD),
             attention=dict(zip(reads.attention, attention, strict=True)),
             experts=list(experts.values()),
+            loads=() if self.routing is None else self.routing.end_pass(),
         )
 
     @property
@@ -180,6 +192,8 @@ class CausalModel(nn.Module):
     def _begin_pass(self, *_: Any) -> None:
         """A pass that does not come from `forward`, such as one of generation, has asked for nothing."""
         self._expert_sample, self._asked_sample = self._asked_sample, None
+        if self.routing is not None:
+            self.routing.begin_pass()
 
     def _run_all_experts(self, layer: int, block: Any, args: tuple[Tensor, ...], _: Tensor) -> None:
         """Every expert on the sampled tokens.

@@ -339,7 +339,7 @@ class DistillModule(LanguageModule):
         }
         self._sampled.clear()
         self._unlog()
-        scalars = {f"on_policy/{name}": float(value) for name, value in (values | told | cost).items()}
+        scalars = {f"on_policy/{name}": float(value) for name, value in (values | cost).items()}
         for logger in self.trainer.loggers:
             logger.log_metrics(scalars, step=self.global_step)
 

@@ -32,7 +32,7 @@ from agri_moe.models.moe import Assignment, MoE, RoutingKind, RoutingRule
 from agri_moe.models.neurons import Reallocation, move_neurons, plan_move, start_at_random, start_from_dense
 from agri_moe.models.replaced import LayerFiles, expert_width, layer_facts, new_moe
 from agri_moe.models.source import ModelConfig, check_vocabulary
-from agri_moe.models.training import TrainingModule
+from agri_moe.models.training import TrainingModule, layer_name
 from agri_moe.optimizer import OptimizerConfig
 from agri_moe.schedules import RunningMean, Value, bounds, value_at
 
@@ -509,7 +509,8 @@ class LayerwiseModule(TrainingModule):
 
     def _routing(self, logits_NE: Tensor, load_E: Tensor) -> Routing:
         everyone_N = torch.ones_like(logits_NE[:, 0], dtype=torch.bool)
-        return routing([logits_NE], self.rule.top_k, everyone_N)._replace(load_LE=load_E[None].float())
+        load_LE = load_E[None].float()
+        return routing([logits_NE], self.rule.top_k, everyone_N, load_LE)._replace(wanted_LE=load_LE)
 
     def _noise(self, layer: int, x_ND: Tensor) -> Tensor | None:
         """For the choice of experts [N, E]: a function of seed, step of the layer, micro-batch, rank and layer."""
@@ -695,13 +696,9 @@ def _joined(routed: Sequence[Routing]) -> Routing:
     """The routing of several layers, of the same tokens, as one."""
     return Routing(
         load_LE=torch.cat([one.load_LE for one in routed]),
+        wanted_LE=torch.cat([one.wanted_LE for one in routed]),
         probability_LE=torch.cat([one.probability_LE for one in routed]).detach(),
         entropy_L=torch.cat([one.entropy_L for one in routed]),
         z_sum=torch.stack([one.z_sum for one in routed]).mean().detach(),
         tokens=routed[0].tokens,
     )
-
-
-def layer_name(term: str, layer: int) -> str:
-    """Name of one layer's share of a term."""
-    return f"{term}/layer_{layer:02d}"

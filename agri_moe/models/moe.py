@@ -79,24 +79,39 @@ def assign(logits_NE: Tensor, rule: RoutingRule, noise_NE: Tensor | None = None)
         score_NE = choice_NE.softmax(-1)
         slots_EC = score_NE.topk(rule.capacity(*logits_NE.shape), dim=0).indices.T
         taken_NE = torch.zeros_like(p_NE, requires_grad=False).scatter_(0, slots_EC.T, 1.0)
-        return _by_slots(slots_EC, _normalised(p_NE * taken_NE), taken_NE)
+        return _by_slots(slots_EC, normalised(p_NE * taken_NE), taken_NE)
     experts_NK = choice_NE.topk(rule.top_k, dim=-1).indices
-    weights_NK = _normalised(p_NE.gather(1, experts_NK))
+    weights_NK = normalised(p_NE.gather(1, experts_NK))
     if not rule.drop:
         experts_A, order_A = experts_NK.flatten().sort(stable=True)
         # Not `bincount`, which asks the device for the largest value.
         zeros_E = torch.zeros(logits_NE.shape[1], dtype=torch.int64, device=logits_NE.device)
         count_E = zeros_E.scatter_add(0, experts_A, torch.ones_like(experts_A))
         return Assignment(order_A // rule.top_k, weights_NK.flatten()[order_A], count_E, count_E)
-    wanted_NE = torch.zeros_like(p_NE, requires_grad=False).scatter_(1, experts_NK, 1.0)
-    score_NE = choice_NE.softmax(-1).where(wanted_NE > 0, -1.0)
-    slots_EC = score_NE.topk(rule.capacity(*logits_NE.shape), dim=0).indices.T
-    kept_NE = torch.zeros_like(wanted_NE).scatter_(0, slots_EC.T, 1.0) * wanted_NE
+    slots_EC, kept_NE = within_capacity(choice_NE.softmax(-1), experts_NK, rule.capacity(*logits_NE.shape))
     weights_NE = torch.zeros_like(p_NE, requires_grad=False).scatter(1, experts_NK, weights_NK)
     return _by_slots(slots_EC, weights_NE * kept_NE, kept_NE)
 
 
-def _normalised(weights: Tensor) -> Tensor:
+def within_capacity(score_NE: Tensor, experts_NK: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """Whom each expert has room for, among the tokens that chose it: those of the highest scores.
+
+    Args:
+        score_NE: At least 0, without gradient.
+        experts_NK: What each token chose.
+        capacity: C, at most N.
+
+    Returns:
+        The tokens [E, C] in each expert's places, of which some may be empty; and [N, E] 1 where a token chose an
+        expert and has a place there, 0 elsewhere, in the type of the scores.
+    """
+    wanted_NE = torch.zeros_like(score_NE).scatter_(1, experts_NK, 1.0)
+    slots_EC = score_NE.where(wanted_NE > 0, -1.0).topk(capacity, dim=0).indices.T
+    return slots_EC, torch.zeros_like(wanted_NE).scatter_(0, slots_EC.T, 1.0) * wanted_NE
+
+
+def normalised(weights: Tensor) -> Tensor:
+    """Weights [..., K] over their sum; zeros where that is 0."""
     total = weights.sum(-1, keepdim=True)
     return weights / total.where(total > 0, 1.0)
 

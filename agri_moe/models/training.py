@@ -108,3 +108,8 @@ class TrainingModule(lightning.LightningModule, ABC):
         """
         super().optimizer_step(*args, **kwargs)
         self.zero_grad(set_to_none=True)
+
+
+def layer_name(term: str, layer: int) -> str:
+    """Name of one layer's share of a term, as it is logged."""
+    return f"{term}/layer_{layer:02d}"

@@ -23,6 +23,7 @@ def export(
     format: Literal["huggingface", "litgpt"] = "huggingface",
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
     license: str | None = None,
+    drop_router_bias: bool = False,
     overwrite: bool = False,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder with a model card, and prove that plain transformers loads it.
@@ -38,6 +39,8 @@ def export(
         format: `huggingface`, or `litgpt` for lit_model.pth with model_config.yaml.
         dtype: Type of the weights written.
         license: Licence for the model card, by its identifier on the hub (apache-2.0); none is stated by default.
+        drop_router_bias: Leave out the biases that `model.routing.bias_update_rate` has trained, for which stock
+            routers have no place: some experts are then chosen otherwise than in training, and it is said how many.
         overwrite: Replace an existing model folder, once the new one is complete.
     """
     target = Path(output)
@@ -52,11 +55,13 @@ def export(
 
     refuse_output(target, overwrite)
     path = checkpoint or str(newest_checkpoint(Path(run_root))[1])
-    model, chat = load_stock(path, dtype)
+    model, chat, note = load_stock(path, dtype, drop_router_bias)
     record, step = _record(Path(path))
     _set_generation(model, chat, record)
     library = "litgpt" if format == "litgpt" else "transformers"
     card = model_card(target.name, path, record, step, chat, model.config, license, library)
+    if note:
+        card = f"{card.rstrip()}\n\n## Routing\n\n{note}\n"
     with new_checkpoint(target, _provenance(path, format, dtype), overwrite=overwrite, name=PROVENANCE) as building:
         replace_text(building / "README.md", card)
         chat.save(building)
@@ -65,11 +70,17 @@ def export(
         else:
             _write_huggingface(building, model)
             prove(building, model, chat)
+    if note:
+        print(note)
     print(f"Exported {path} to {target}: {model.num_parameters():,} parameters in {dtype}, reloads with equal logits.")
 
 
-def load_stock(path: str, dtype: str) -> "tuple[PreTrainedModel, Chat]":
-    """The model as transformers knows it, with weights of one type, and its chat."""
+def load_stock(path: str, dtype: str, drop_router_bias: bool = False) -> "tuple[PreTrainedModel, Chat, str | None]":
+    """The model as transformers knows it, with weights of one type; its chat; and what it has lost, if anything.
+
+    Raises:
+        ValueError: If no stock model can hold it.
+    """
     import torch
 
     from agri_moe.models.replaced import is_replaced, stock_model
@@ -77,6 +88,7 @@ def load_stock(path: str, dtype: str) -> "tuple[PreTrainedModel, Chat]":
     from agri_moe.trained import load_trained
 
     model, chat = load_trained(path, "--checkpoint")
+    note = _without_routing(model, chat, f"--checkpoint {path}", drop_router_bias)
     if isinstance(model, SharedCoreForCausalLM):
         model = multiplied_out(model)
     if is_replaced(model):
@@ -84,7 +96,34 @@ def load_stock(path: str, dtype: str) -> "tuple[PreTrainedModel, Chat]":
     for parameter in model.parameters():  # not `model.to`, which rounds the frequencies of rotary positions too
         parameter.data = parameter.data.to(getattr(torch, dtype))
     model.config.dtype = getattr(torch, dtype)
-    return model, chat
+    return model, chat, note
+
+
+def _without_routing(model: "PreTrainedModel", chat: "Chat", key: str, drop_router_bias: bool) -> str | None:
+    """Leave the routers to the stock model, in place, where that is allowed; a sentence on what this changes."""
+    import torch
+
+    from agri_moe.models.routing import kept_routing, leave_out_bias
+
+    kind = kept_routing(model)
+    if kind == "expert_choice":
+        raise ValueError(
+            f"{key}: the experts choose their tokens, and no stock model has that: train with model.routing.kind: "
+            "token_choice, or use the checkpoint through this package (generate --model CHECKPOINT)."
+        )
+    if kind is None:
+        return None
+    if not drop_router_bias:
+        raise ValueError(
+            f"{key}: its routers choose by a bias, for which stock routers have no place: train its last steps with "
+            "model.routing.bias_anneal_steps, or give --drop_router_bias true and let some choices change."
+        )
+    probe = torch.tensor([chat.encode_prompt(PROBE)])
+    changed = leave_out_bias(model, probe)
+    return (
+        f"The routers' biases were left out: {changed:.1%} of the choices of experts on a probe of {probe.numel()} "
+        "tokens are others than in training."
+    )
 
 
 def _record(checkpoint: Path) -> "tuple[Record | None, int | None]":
