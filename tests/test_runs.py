@@ -270,12 +270,9 @@ def test_the_disks_complaint_is_found_behind_torchs():
 
     for error in (full, OfRanks()):
         assert storage_error(error) is full
-    with pytest.raises(RuntimeError) as raised:
-        try:
-            raise full
-        except OSError:
-            raise RuntimeError("unexpected pos 704 vs 598")  # noqa: B904
-    assert storage_error(raised.value) is full
+    behind = RuntimeError("unexpected pos 704 vs 598")
+    behind.__context__ = full
+    assert storage_error(behind) is full
     assert storage_error(RuntimeError("shapes differ")) is None
 
 
