@@ -89,6 +89,14 @@ def test_under_slurm_it_saves_and_goes_back_in_the_queue(trial, undisturbed, tmp
     goes_on_as(trial, undisturbed)
 
 
+def test_a_checkpoint_of_lightnings_own_is_not_loaded_unasked(trial):
+    (trial.folder / "hpc_ckpt_3.ckpt").write_bytes(b"of another run")
+    slurm = {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "train", "SLURM_JOB_ID": "77", "SLURM_PROCID": "0"}
+    slurm |= {"SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NTASKS_PER_NODE": "1"}
+    assert trial.fit("--trainer.devices=1", **slurm) == [2], trial.said()
+    assert "hpc_ckpt_3.ckpt was saved by Lightning under SLURM" in trial.sentences()[0]
+
+
 def test_a_second_signal_ends_it_at_once(trial):
     trial.pace(20.0)
     processes = trial.start()
