@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import io
 import pickle
+import pickletools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,8 +121,11 @@ def _no_tensors(folder: Path) -> Iterator[tuple[Path, int, int]]:
     """File, first byte and length of what a checkpoint holds that is no tensor; every file is inside the folder."""
     from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
-    with (folder / TABLE).open("rb") as file:
-        table = _TableReader(file).load()
+    content = (folder / TABLE).read_bytes()
+    for operation, argument, _ in pickletools.genops(content):
+        if "PUT" in operation.name and argument > len(content):  # it would take memory for as many values
+            raise ValueError("its table numbers values that it does not have")
+    table = _TableReader(io.BytesIO(content)).load()
     if not isinstance(table, Metadata) or not isinstance(table.storage_data, dict):
         raise ValueError("its table is none")
     tensors = {name for name, kind in table.state_dict_metadata.items() if isinstance(kind, TensorStorageMetadata)}
