@@ -151,6 +151,9 @@ HOSTILE_FOLDERS: dict[str, Any] = {
     "a piece anywhere": lambda folder, canary: outside(folder, "/etc/passwd"),
     "a piece that is a link": lambda folder, canary: link(folder),
     "a table of another kind": lambda folder, canary: edit(folder, lambda table: {"weight": 1}),
+    "a table that takes memory": lambda folder, canary: (folder / ".metadata").write_bytes(
+        b"\x80\x04Nr\xff\xff\xff\x7f."  # None, kept as number 2,147,483,647
+    ),
     "a damaged table": lambda folder, canary: (folder / ".metadata").write_bytes(b"\x80\x04nonsense"),
     "no table": lambda folder, canary: (folder / ".metadata").unlink(),
 }
