@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 PEERS  := $(VENV)/.peers
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench soak clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -19,10 +19,15 @@ demo: $(READY)        ## the main job on embedded data, offline: about 8 minutes
 test: $(READY)        ## the test suite
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-check: $(READY)       ## lint, format and types
+check: $(READY)       ## lint, format, types, and pins against versions known to be bad
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python scripts/audit_pins.py
+
+soak: $(READY)        ## runs killed, stopped, starved of room and damaged, whole suite and 30 minutes of SIGKILLs: about an hour
+	$(BIN)/python scripts/soak.py
+	$(BIN)/python scripts/soak.py --minutes 30
 
 $(PEERS): $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[bench]"
