@@ -113,8 +113,7 @@ class Run:
 
     def checkpoints(self) -> list[Path]:
         """Checkpoints by step, newest first, damaged and unfinished ones included."""
-        found = {_step(path): path for path in (self.folder / "checkpoints").glob("step=*.ckpt")}
-        return [found[step] for step in sorted(found, reverse=True)]
+        return checkpoints_in(self.folder / "checkpoints")
 
     def intact_checkpoint(self) -> tuple[Path | None, list[str]]:
         """The newest checkpoint that is whole, and what is wrong with each newer one.
@@ -136,15 +135,21 @@ class Run:
         return None, []
 
 
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Checkpoints by step, newest first, damaged and unfinished ones included."""
+    found = {step_of(path): path for path in folder.glob("step=*.ckpt")}
+    return [found[step] for step in sorted(found, reverse=True)]
+
+
 def step_of(checkpoint: Path) -> int:
-    """The optimizer step in a checkpoint's name."""
-    return _step(checkpoint)
+    """The optimizer step in a checkpoint's name.
 
-
-def _step(path: Path) -> int:
-    match = re.search(r"step=(\d+)", path.name)
+    Raises:
+        ValueError: If there is none.
+    """
+    match = re.search(r"step=(\d+)", checkpoint.name)
     if match is None:
-        raise ValueError(f"{path} is no checkpoint of a run: its name lacks step=NUMBER.")
+        raise ValueError(f"{checkpoint} is no checkpoint of a run: its name lacks step=NUMBER.")
     return int(match[1])
 
 

@@ -7,6 +7,7 @@ that has imported everything and computed nothing: killing it is killing a run, 
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import random
@@ -206,6 +207,7 @@ def curves(trial: Trial) -> dict[str, list[tuple[int, float]]]:
     """What TensorBoard shows of it, speed left out."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of every crash that it sees
     events = EventAccumulator(str(trial.run))
     events.Reload()
     tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith("throughput")]

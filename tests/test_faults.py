@@ -57,6 +57,7 @@ def trial(tmp_path, models):
 def goes_on_as(trial, undisturbed):
     assert trial.fit() == [0], trial.said()
     assert difference(trial, undisturbed) == ""
+    assert trial.checkpoints() == undisturbed.checkpoints(), "older ones are deleted, those of before a resume too"
     assert not (trial.run.parent / "version_1").exists()
 
 

@@ -24,6 +24,7 @@ from agri_moe.runs import (
     Lock,
     Run,
     beside,
+    checkpoints_in,
     commit,
     remove,
     remove_leftovers,
@@ -136,9 +137,8 @@ class Checkpoint(ModelCheckpoint):
             return
         current = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
         done = data.train_dataloader().batch_sampler.done_of_epoch(position, current["processed"])
-        current |= {
-            name: count + done - current["processed"] for name, count in current.items() if name != "is_last_batch"
-        }
+        more = done - current["processed"]
+        current |= {name: count + more for name, count in current.items()}
 
     # ------------------------------------------------------------------ when
 
@@ -287,8 +287,7 @@ class Checkpoint(ModelCheckpoint):
         self._written = None
 
     def _delete_older(self, newest: Path) -> None:
-        run = Run(newest.parent.parent)
-        older = [path for path in run.checkpoints() if step_of(path) < step_of(newest)]
+        older = [path for path in checkpoints_in(newest.parent) if step_of(path) < step_of(newest)]
         for path in older[self.keep - 1 :] if self.keep > 0 else []:
             remove(path)
 
@@ -297,7 +296,7 @@ class Checkpoint(ModelCheckpoint):
         cause = storage_error(error)
         if cause is None:
             raise error
-        size = max((size_on_disk(p) for p in Run(path.parent.parent).checkpoints()), default=0)
+        size = max((size_on_disk(p) for p in checkpoints_in(path.parent)), default=0)
         takes = f" (a checkpoint takes {size / 1e9:.3g} GB)" if size and cause.errno in NO_ROOM else ""
         return (
             f"{path} could not be saved, {cause.strerror or cause}{takes}: mend that and give the same command again, "
