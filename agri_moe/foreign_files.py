@@ -123,9 +123,7 @@ def _no_tensors(folder: Path) -> Iterator[tuple[Path, int, int]]:
 
     content = (folder / TABLE).read_bytes()
     for operation, argument, _ in pickletools.genops(content):
-        if (
-            "PUT" in operation.name and isinstance(argument, int) and argument > len(content)
-        ):  # it would take memory for as many values
+        if "PUT" in operation.name and (argument or 0) > len(content):  # it would take memory for as many values
             raise ValueError("its table numbers values that it does not have")
     table = _TableReader(io.BytesIO(content)).load()
     if not isinstance(table, Metadata) or not isinstance(table.storage_data, dict):
