@@ -43,10 +43,10 @@ from tests.faults import (
     write_models,
 )
 
-BETWEEN = 20.0
+BETWEEN = 30.0
 """Seconds of training, at most, between a start and the SIGKILL in a soak."""
 A_DAY = 86_400.0
-STEPS_A_MINUTE = 40
+STEPS_A_MINUTE = 30
 """Optimizer steps of a soak for each of its minutes: about what starts and repeated steps leave time for."""
 
 Case = tuple[str, Callable[[], str]]

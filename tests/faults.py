@@ -265,7 +265,7 @@ def write_demo_models(folder: Path) -> None:
 
 
 def demo_config(models: Path, steps: int) -> dict[str, Any]:
-    """The demo's distillation with all its callbacks; a checkpoint every 20 steps, a validation every 100."""
+    """The demo's distillation with all its callbacks; a checkpoint every 5 steps, a validation every 100."""
     config: dict[str, Any] = yaml.safe_load((ROOT / "configs" / "demo" / "distilled.yaml").read_text())
     options = config["model"]["init_args"]
     options["student"] = {"source": str(models / "dense"), "upcycle": {"num_experts": 4, "num_experts_per_tok": 2}}
@@ -278,7 +278,7 @@ def demo_config(models: Path, steps: int) -> dict[str, Any]:
     }
     trainer = config["trainer"]
     trainer |= {"max_steps": steps, "max_epochs": -1, "val_check_interval": 100, "enable_progress_bar": False}
-    trainer["callbacks"][0]["init_args"]["every_n_steps"] = 20
+    trainer["callbacks"][0]["init_args"]["every_n_steps"] = 5
     return config
 
 
