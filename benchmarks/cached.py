@@ -49,7 +49,7 @@ from transformers import AutoModelForCausalLM
 
 from agri_moe.cli import main
 from agri_moe.data.chat import Segment
-from agri_moe.data.logit_cache import MANIFEST, LogitCache, finish, shard_name, write_shard
+from agri_moe.data.logit_cache import MANIFEST, Answers, LogitCache, finish, shard_name, write_shard
 from agri_moe.losses import SparseTeacher, entropy, fused_ce_kl, log_probabilities, most_probable, sampled_counts
 from agri_moe.models.base import LanguageModule
 
@@ -89,14 +89,17 @@ CELLS = {cell.name: cell for cell in (Cell(objective, teacher) for objective in 
 
 
 def erase_tail(source: Path, folder: Path) -> None:
-    """Copy a cache of the most probable tokens as if there were no others: their mass becomes 0."""
+    """Copy a cache of the most probable tokens as if there were no others: their mass goes to those that are there."""
     cache = LogitCache(source)
     folder.mkdir(parents=True)
-    without = (
-        (key, answers._replace(log_tail_N=np.full(len(answers.positions_N), -np.inf, np.float32)))
-        for key, answers in cache
-    )
-    write_shard(folder / shard_name(0), cache.header.kind, without)
+
+    def without(answers: Answers) -> Answers:
+        assert answers.log_probs_NK is not None, "a cache of the most probable tokens"
+        kept_N1 = np.logaddexp.reduce(answers.log_probs_NK, axis=1, keepdims=True)
+        nothing_N = np.full(len(answers.positions_N), -np.inf, np.float32)
+        return answers._replace(log_probs_NK=answers.log_probs_NK - kept_N1, log_tail_N=nothing_N)
+
+    write_shard(folder / shard_name(0), cache.header.kind, ((key, without(answers)) for key, answers in cache))
     finish(folder, cache.header, 1)
 
 
