@@ -10,6 +10,9 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+# Without it, the first test with a launcher of Lightning's (ddp on one device too) gives every later one in its process
+# as many threads as there are cores: sums are split otherwise, and weights differ from those of another process.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -220,7 +220,8 @@ def test_step_reports_and_measures_memory(output, monkeypatch, capsys):
     assert written["ours"]["tokens_per_second"] > 0
     assert written["plain"]["memory"] == {"before": 100.0, "peak": 120.0}
     found = step.memory(contestants.setting_of(TINY), "ours")
-    assert math.isnan(found["peak"]) or found["peak"] >= found["before"] > 0
+    # Of this process, in which other tests' memory may be given back meanwhile: the peak can lie below what was there.
+    assert math.isnan(found["peak"]) or min(found["peak"], found["before"]) > 0
 
 
 # ---------------------------------------------------------------------- packing and growth
