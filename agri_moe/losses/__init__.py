@@ -17,6 +17,7 @@ from agri_moe.losses.logits import (
     log_probabilities,
     token_statistics,
 )
+from agri_moe.losses.merged import Merged
 from agri_moe.losses.routing import Routing, balance_loss, max_violation, routing
 from agri_moe.losses.sparse import SparseTeacher, entropy, most_probable, sampled_counts
 
@@ -24,6 +25,7 @@ __all__ = [
     "CHUNK_SIZE",
     "Divergence",
     "LogitLoss",
+    "Merged",
     "MinibatchHSIC",
     "Routing",
     "SparseTeacher",

@@ -4,7 +4,8 @@ Shape legend, used as suffixes of names throughout:
 
     N tokens (rows)     M the first M of those rows, which also carry the teacher's signal (M <= N)
     D width of the student's hidden states (the teacher's may differ)      V vocabulary
-    W shared prefix of the two vocabularies, min(V_student, V_teacher)     R rows of one block (`_Chunk`)
+    W shared prefix of the two vocabularies, min(V_student, V_teacher); the teacher's pieces, where the student has
+      merges of them      R rows of one block (`_Chunk`)
 """
 
 import math
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from agri_moe.losses.merged import Merged, group, spread, spread_follows, teacher_follows
 from agri_moe.losses.sparse import SparseTeacher, sparse_kl
 
 # Rows whose logits are held at a time. The three constants were measured with the shapes of
@@ -45,6 +47,7 @@ def fused_ce_kl(
     teacher_hidden_MD: Tensor | None = None,
     teacher_head_VD: Tensor | None = None,
     sparse_teacher: SparseTeacher | None = None,
+    merged: Merged | None = None,
     *,
     ce_scale: float | Tensor,
     kl_scale: float | Tensor = 0.0,
@@ -68,6 +71,9 @@ def fused_ce_kl(
         jsd       b KL(q_t || m) + (1 - b) KL(q_s || m)     with m = b q_t + (1 - b) q_s and b = beta,
                                                             Agarwal et al. 2024 (GKD), section 2
 
+    A student that writes several of the teacher's pieces at once is compared over pieces, and at its merged tokens
+    over whether what really follows does as well (`losses/merged.py`): the divergence is the sum of the two.
+
     Args:
         hidden_ND: [N, D] student hidden states after the final norm, any floating dtype.
         head_VD: [V, D] student head weights, a whole tensor (not a DTensor shard).
@@ -76,6 +82,7 @@ def fused_ce_kl(
         teacher_head_VD: [V_t, D_t] teacher head weights; both or neither. The teacher gets no gradient.
         sparse_teacher: in place of these two, some tokens of the teacher's distributions of the first M rows; then the
             divergence is `sparse_kl`'s, forward and at temperature 1.
+        merged: the student's tokens that join several of the teacher's; None where the two have one vocabulary.
         ce_scale: factor of the cross-entropy sum, a float, a 0-d tensor, or [N], one for each row; a constant to
             autograd.
         kl_scale: factor of the divergence's sum, a float or a 0-d tensor. A *float* 0 skips the work that only a
@@ -120,11 +127,12 @@ def fused_ce_kl(
         teacher_hidden_MD = hidden_ND.new_empty(len(sparse_teacher.ids_MK), 0)
         teacher_head_VD = head_VD.new_empty(sparse_teacher.vocabulary, 0)
     teacher_hidden_MD, teacher_head_VD = _check_rows(
-        hidden_ND, head_VD, targets_N, teacher_hidden_MD, teacher_head_VD, chunk_size
+        hidden_ND, head_VD, targets_N, teacher_hidden_MD, teacher_head_VD, chunk_size, merged
     )
     rows = _Rows(hidden_ND, head_VD, targets_N, teacher_hidden_MD, teacher_head_VD)
     settings = _Settings(
         sparse_teacher=sparse_teacher,
+        merged=merged,
         ce_scale=_constant(ce_scale),
         kl_scale=_constant(kl_scale),
         temperature=_constant(temperature),
@@ -144,7 +152,9 @@ class TokenStatistics(NamedTuple):
     """What `token_statistics` returns, one number per row; the last three are empty without a teacher."""
 
     nll_N: Tensor  # nats, float32: negative log-likelihood over the student's whole vocabulary
-    kl_M: Tensor  # nats, float32: KL(teacher || student) at temperature 1 over the shared prefix
+    kl_M: (
+        Tensor  # nats, float32: KL(teacher || student) at temperature 1 over the shared prefix, with `merged`'s second
+    )
     agree_M: Tensor  # bool: the two name the same token of the shared prefix first
     teacher_entropy_M: Tensor  # nats, float32: the teacher's entropy over the shared prefix
 
@@ -157,6 +167,7 @@ def token_statistics(
     teacher_hidden_MD: Tensor | None = None,
     teacher_head_VD: Tensor | None = None,
     sparse_teacher: SparseTeacher | None = None,
+    merged: Merged | None = None,
     *,
     chunk_size: int = CHUNK_SIZE,
 ) -> TokenStatistics:
@@ -165,28 +176,26 @@ def token_statistics(
     The first token of a sparse teacher is its most probable one.
     """
     if sparse_teacher is not None:
-        return _sparse_statistics(hidden_ND, head_VD, targets_N, sparse_teacher, chunk_size)
+        return _sparse_statistics(hidden_ND, head_VD, targets_N, sparse_teacher, merged, chunk_size)
     teacher_hidden_MD, teacher_head_VD = _check_rows(
-        hidden_ND, head_VD, targets_N, teacher_hidden_MD, teacher_head_VD, chunk_size
+        hidden_ND, head_VD, targets_N, teacher_hidden_MD, teacher_head_VD, chunk_size, merged
     )
     rows = _Rows(hidden_ND, head_VD, targets_N, teacher_hidden_MD, teacher_head_VD)
     n, m, dtype = len(hidden_ND), len(teacher_hidden_MD), rows.result_dtype
     nll_N = hidden_ND.new_empty(n, dtype=dtype)
     kl_M, entropy_M = hidden_ND.new_empty(m, dtype=dtype), hidden_ND.new_empty(m, dtype=dtype)
     agree_M = hidden_ND.new_empty(m, dtype=torch.bool)
-    operands = rows.cast(rows.operand_dtype)
+    operands = rows.cast(rows.operand_dtype, merged)
     with torch.autocast(hidden_ND.device.type, enabled=False):
         for chunk in _chunks(operands, chunk_size, dtype):
             for span, student_RV, teacher_RW in chunk.blocks():
                 log_p_RV = student_RV.log_softmax(-1)
                 nll_N[span] = -log_p_RV.gather(1, targets_N[span, None]).squeeze(1)
                 if teacher_RW is not None:
-                    width = teacher_RW.shape[1]
-                    # As it is over one vocabulary: normalising twice would make the KL of equals 1e-8, not 0.
-                    log_qs_RW = log_p_RV if width == len(head_VD) else log_p_RV[:, :width].log_softmax(-1)
+                    log_qs_RW, follows_R = _shared(log_p_RV, teacher_RW, None if merged is None else merged.rows(span))
                     log_qt_RW = teacher_RW.log_softmax(-1)
                     qt_RW = log_qt_RW.exp()
-                    kl_M[span] = (qt_RW * (log_qt_RW - log_qs_RW)).sum(-1)
+                    kl_M[span] = (qt_RW * (log_qt_RW - log_qs_RW)).sum(-1) + follows_R
                     entropy_M[span] = -(qt_RW * log_qt_RW).sum(-1)
                     agree_M[span] = log_qs_RW.argmax(-1) == log_qt_RW.argmax(-1)
     return TokenStatistics(nll_N.float(), kl_M.float(), agree_M, entropy_M.float())
@@ -206,13 +215,33 @@ def log_probabilities(hidden_ND: Tensor, head_WD: Tensor, *, chunk_size: int = C
         yield chunk.student.log_softmax(-1)
 
 
+def _shared(log_p_RV: Tensor, teacher_RW: Tensor | None, merged: Merged | None) -> tuple[Tensor, Tensor | float]:
+    """The student over what it shares with the teacher [R, W], and KL about what really follows, 0 without merges."""
+    if merged is None:
+        assert teacher_RW is not None, "it says how much is shared"
+        width = teacher_RW.shape[1]
+        # As it is over one vocabulary: normalising twice would make the KL of equals 1e-8, not 0.
+        return log_p_RV if width == log_p_RV.shape[1] else log_p_RV[:, :width].log_softmax(-1), 0.0
+    grouped = group(log_p_RV, merged, log_p_RV.new_empty(len(log_p_RV), merged.width))
+    log_t_R2 = teacher_follows(teacher_RW, merged)
+    kl_R = (log_t_R2.exp() * (log_t_R2 - grouped.follows_R2)).sum(-1).where(merged.begin_M < merged.end_M, 0.0)
+    return grouped.log_q_RW, kl_R.to(log_p_RV.dtype)
+
+
 def _sparse_statistics(
-    hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, sparse: SparseTeacher, chunk_size: int
+    hidden_ND: Tensor,
+    head_VD: Tensor,
+    targets_N: Tensor,
+    sparse: SparseTeacher,
+    merged: Merged | None,
+    chunk_size: int,
 ) -> TokenStatistics:
     sparse.check(len(hidden_ND))
     teacher = _check_rows(hidden_ND, head_VD, targets_N, None, None, chunk_size)
     rows = _Rows(hidden_ND, head_VD, targets_N, *teacher)
     m, dtype = len(sparse.ids_MK), rows.result_dtype
+    if merged is not None:
+        merged.check(m, len(head_VD))
     width = min(len(head_VD), sparse.vocabulary)
     nll_N = hidden_ND.new_empty(len(hidden_ND), dtype=dtype)
     kl_M, agree_M = hidden_ND.new_empty(m, dtype=dtype), hidden_ND.new_empty(m, dtype=torch.bool)
@@ -224,8 +253,12 @@ def _sparse_statistics(
                 taught = slice(span.start, min(span.stop, m))
                 if (count := taught.stop - taught.start) > 0:
                     some, spare_RW = sparse.rows(taught), torch.empty_like(log_p_RV[:count, :width])
-                    kl_M[taught] = sparse_kl(log_p_RV[:count], some, spare_RW, spare_RW, differentiate=False)
-                    agree_M[taught] = log_p_RV[:count, :width].argmax(-1) == some.ids_MK[:, 0]
+                    shared_RV = log_p_RV[:count]
+                    follows_R: Tensor | float = 0.0
+                    if merged is not None:
+                        shared_RV, follows_R = _shared(shared_RV, None, merged.rows(taught))
+                    kl_M[taught] = sparse_kl(shared_RV, some, spare_RW, spare_RW, differentiate=False) + follows_R
+                    agree_M[taught] = shared_RV[:, :width].argmax(-1) == some.ids_MK[:, 0]
     return TokenStatistics(nll_N.float(), kl_M.float(), agree_M, sparse.entropy_M.float())
 
 
@@ -236,6 +269,7 @@ def _check_rows(
     teacher_hidden_MD: Tensor | None,
     teacher_head_VD: Tensor | None,
     chunk_size: int,
+    merged: Merged | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Refuse shapes that do not fit; return a detached teacher, one of no rows where there is none."""
     student, head = tuple(hidden_ND.shape), tuple(head_VD.shape)
@@ -254,6 +288,10 @@ def _check_rows(
         raise ValueError(f"teacher hidden states {teacher} and head {head} are not [M, D] and [V, D]")
     if teacher[0] > student[0]:
         raise ValueError(f"{teacher[0]} teacher rows for {student[0]} student rows")
+    if merged is not None:
+        merged.check(teacher[0], len(head_VD))
+        if merged.width > len(teacher_head_VD):
+            raise ValueError(f"a teacher's head of {len(teacher_head_VD)} rows for {merged.width} pieces")
     return teacher_hidden_MD.detach(), teacher_head_VD.detach()
 
 
@@ -280,9 +318,10 @@ class _Rows(NamedTuple):
             return torch.bfloat16
         return self.result_dtype
 
-    def cast(self, dtype: torch.dtype) -> "_Rows":
+    def cast(self, dtype: torch.dtype, merged: Merged | None = None) -> "_Rows":
         """Detached operands in `dtype`, uncopied where they are so already, the teacher's head cut to W."""
-        width = min(len(self.head_VD), len(self.teacher_head_VD)) if len(self.teacher_hidden_MD) else 0
+        shared = min(len(self.head_VD), len(self.teacher_head_VD)) if merged is None else merged.width
+        width = shared if len(self.teacher_hidden_MD) else 0
         return _Rows(
             self.hidden_ND.detach().to(dtype),
             self.head_VD.detach().to(dtype),
@@ -364,6 +403,7 @@ class _Settings(NamedTuple):
     """Everything of a `fused_ce_kl` call that autograd need not know of."""
 
     sparse_teacher: SparseTeacher | None
+    merged: Merged | None
     ce_scale: float | Tensor
     kl_scale: float | Tensor
     temperature: float | Tensor
@@ -384,6 +424,11 @@ class _Settings(NamedTuple):
     def with_kl(self) -> bool:
         """Whether the gradient has a divergence part."""
         return isinstance(self.kl_scale, Tensor) or self.kl_scale != 0.0
+
+    def taught(self, rows: slice, logits_RW: Tensor) -> "_Taught":
+        """What the teacher says of some rows."""
+        sparse = None if self.sparse_teacher is None else self.sparse_teacher.rows(rows)
+        return _Taught(logits_RW, sparse, None if self.merged is None else self.merged.rows(rows))
 
     def ce_scale_of(self, rows: slice) -> float | Tensor:
         """Factor of the cross-entropies of some rows, to be multiplied with [R, V]."""
@@ -416,11 +461,18 @@ class _Block(NamedTuple):
     entropy_R: Tensor | None  # the teacher's
 
 
+class _Taught(NamedTuple):
+    """What the teacher says of the rows of a block."""
+
+    logits_RW: Tensor  # overwritten; a buffer, where it is known by some tokens only
+    sparse: SparseTeacher | None
+    merged: Merged | None
+
+
 def _block(
     student_RV: Tensor,
     targets_R: Tensor,
-    teacher_RW: Tensor | None,
-    sparse: SparseTeacher | None,
+    teacher: _Taught | None,
     settings: _Settings,
     ce_scale: float | Tensor,
     scratch: _Scratch,
@@ -439,19 +491,18 @@ def _block(
     ce_R = log_p_RV.gather(1, targets_R[:, None]).squeeze(1) * (smoothing - 1.0)
     if smoothing:
         ce_R -= log_p_RV.sum(-1) * share
-    kl_R = entropy_R = None
-    if teacher_RW is not None and sparse is not None:
-        entropy_R, spare_RW = sparse.entropy_M, scratch("log_qt", teacher_RW)
-        taught = differentiate and settings.with_kl
-        kl_R = sparse_kl(log_p_RV, sparse, teacher_RW, spare_RW, differentiate=taught)
-        if taught:
-            teacher_RW.mul_(settings.kl_scale)
-    elif teacher_RW is not None:
-        if settings.with_entropy:
-            entropy_R = _entropy(teacher_RW, scratch)
-        kl_R = _kl(student_RV, log_p_RV, teacher_RW, settings, scratch, differentiate and settings.with_kl)
+    kl: _Divergence | None = None
+    entropy_R = None
+    taught = differentiate and settings.with_kl
+    if teacher is not None:
+        if teacher.sparse is not None:
+            entropy_R = teacher.sparse.entropy_M
+        elif settings.with_entropy:
+            entropy_R = _entropy(teacher.logits_RW, scratch)
+        compare = _one_vocabulary if teacher.merged is None else _over_pieces
+        kl = compare(student_RV, log_p_RV, teacher, settings, scratch, taught)
     if not differentiate:
-        return _Block(ce_R, kl_R, entropy_R)
+        return _Block(ce_R, kl and kl.kl_R, entropy_R)
 
     if settings.with_ce:
         torch.exp(log_p_RV, out=student_RV)
@@ -462,9 +513,96 @@ def _block(
         student_RV.mul_(ce_scale)
     else:
         student_RV.zero_()
-    if teacher_RW is not None and settings.with_kl:
-        student_RV[:, : teacher_RW.shape[1]].add_(teacher_RW)
-    return _Block(ce_R, kl_R, entropy_R)
+    if kl is not None and taught:
+        kl.add_gradient(student_RV, log_p_RV)
+    return _Block(ce_R, kl and kl.kl_R, entropy_R)
+
+
+class _Divergence(NamedTuple):
+    """From the teacher, with kl_scale times its gradient in the student's logits."""
+
+    kl_R: Tensor  # T^2 times the divergence
+    grad_RW: Tensor | None = None  # in the first W of them
+    grad_RN: Tensor | None = None  # in those of the merged tokens, which follow
+    factor_R: Tensor | None = None  # in all of them, over their probabilities
+
+    def add_gradient(self, out_RV: Tensor, log_p_RV: Tensor) -> None:
+        """Add it; spends the student's log-probabilities."""
+        assert self.grad_RW is not None, "it was asked for"
+        width = self.grad_RW.shape[1]
+        out_RV[:, :width].add_(self.grad_RW)
+        if self.grad_RN is not None and self.factor_R is not None:
+            out_RV.addcmul_(log_p_RV.exp_(), self.factor_R[:, None])
+            out_RV[:, width : width + self.grad_RN.shape[1]].add_(self.grad_RN)
+
+
+def _one_vocabulary(
+    student_RV: Tensor,
+    log_p_RV: Tensor,
+    teacher: _Taught,
+    settings: _Settings,
+    scratch: _Scratch,
+    differentiate: bool,
+) -> _Divergence:
+    """Both over the shared prefix of their vocabularies."""
+    teacher_RW = teacher.logits_RW
+    width = teacher_RW.shape[1]
+    if teacher.sparse is not None:
+        kl_R = _sparse_kl(log_p_RV, teacher, scratch("log_qt", teacher_RW), settings, differentiate)
+    else:
+        whole = log_p_RV if width == student_RV.shape[1] else None
+        # The student's logits are spent then: all that is still asked of them is in log_p and log_qs.
+        spare_RW = student_RV[:, :width]
+        kl_R = _kl(student_RV[:, :width], whole, teacher_RW, spare_RW, settings, scratch, differentiate)
+    return _Divergence(kl_R, teacher_RW if differentiate else None)
+
+
+def _over_pieces(
+    student_RV: Tensor,
+    log_p_RV: Tensor,
+    teacher: _Taught,
+    settings: _Settings,
+    scratch: _Scratch,
+    differentiate: bool,
+) -> _Divergence:
+    """Over the teacher's pieces, and at merged tokens over whether what really follows does."""
+    merged, teacher_RW = teacher.merged, teacher.logits_RW
+    assert merged is not None, "else there is one vocabulary"
+    grouped = group(log_p_RV, merged, scratch("pieces", teacher_RW))
+    log_t_R2 = teacher_follows(None if teacher.sparse is not None else teacher_RW, merged)
+    if teacher.sparse is not None:
+        own = teacher._replace(merged=None)
+        kl_R = _sparse_kl(grouped.log_q_RW, own, scratch("log_qt", teacher_RW), settings, differentiate)
+    else:
+        spare_RW = student_RV[:, : merged.width]
+        kl_R = _kl(grouped.log_q_RW, grouped.log_q_RW, teacher_RW, spare_RW, settings, scratch, differentiate)
+    asked_R = merged.begin_M < merged.end_M
+    follows_R = _kl(
+        grouped.follows_R2,
+        grouped.follows_R2,
+        log_t_R2,
+        torch.empty_like(log_t_R2),
+        settings,
+        _Scratch(),
+        differentiate,
+    )
+    kl_R = kl_R + follows_R.where(asked_R, 0.0).to(kl_R.dtype)
+    if not differentiate:
+        return _Divergence(kl_R)
+    grad_RN = spread(teacher_RW, log_p_RV, merged, grouped)
+    factor_R, on_top_RN = spread_follows(log_t_R2[:, 0].where(asked_R, 0.0), log_p_RV, merged, grouped)
+    return _Divergence(kl_R, teacher_RW, (grad_RN + on_top_RN).to(kl_R.dtype), factor_R.to(kl_R.dtype))
+
+
+def _sparse_kl(
+    log_q_RV: Tensor, teacher: _Taught, spare_RW: Tensor, settings: _Settings, differentiate: bool
+) -> Tensor:
+    """From a teacher that is known by some tokens; where asked, kl_scale times the gradient is left in its buffer."""
+    assert teacher.sparse is not None, "it is one"
+    kl_R = sparse_kl(log_q_RV, teacher.sparse, teacher.logits_RW, spare_RW, differentiate=differentiate)
+    if differentiate:
+        teacher.logits_RW.mul_(settings.kl_scale)
+    return kl_R
 
 
 def _entropy(logits_RW: Tensor, scratch: _Scratch) -> Tensor:
@@ -475,9 +613,10 @@ def _entropy(logits_RW: Tensor, scratch: _Scratch) -> Tensor:
 
 
 def _kl(
-    student_RV: Tensor,
-    log_p_RV: Tensor,
+    student_RW: Tensor,
+    log_qs_RW: Tensor | None,
     teacher_RW: Tensor,
+    spare_RW: Tensor,
     settings: _Settings,
     scratch: _Scratch,
     differentiate: bool,
@@ -485,20 +624,25 @@ def _kl(
     """Return T^2 D [R]; where asked, kl_scale times its gradient takes the place of the teacher's logits.
 
     Each divergence leaves dD / du for the tempered logits u = z / T, so that d(T^2 D) / dz is T times that.
+
+    Args:
+        student_RW: Logits over what is compared.
+        log_qs_RW: Their log-probabilities at temperature 1, if they are there already.
+        teacher_RW: Logits; overwritten.
+        spare_RW: To work in; may be the student's logits.
+        settings: Temperature, divergence and scale.
+        scratch: More room.
+        differentiate: Whether the gradient is wanted.
     """
-    temperature, width = settings.temperature, teacher_RW.shape[1]
+    temperature = settings.temperature
     plain = not isinstance(temperature, Tensor) and temperature == 1.0
     if not plain:
         teacher_RW.div_(temperature)
     log_qt_RW = torch.log_softmax(teacher_RW, -1, out=scratch("log_qt", teacher_RW))
-    if plain and width == student_RV.shape[1]:
-        log_qs_RW = log_p_RV
-    else:
-        torch.div(student_RV[:, :width], temperature, out=teacher_RW)
+    if not plain or log_qs_RW is None:
+        torch.div(student_RW, temperature, out=teacher_RW)
         log_qs_RW = torch.log_softmax(teacher_RW, -1, out=scratch("log_qs", teacher_RW))
     divergence = _DIVERGENCES[settings.divergence]
-    # The student's logits are spent: all that is still asked of them is in log_p and log_qs.
-    spare_RW = student_RV[:, :width]
     kl_R = divergence(log_qt_RW, log_qs_RW, teacher_RW, spare_RW, settings.beta, differentiate)
     if differentiate:
         teacher_RW.mul_(settings.kl_scale * temperature)
@@ -570,7 +714,7 @@ class _Sums(NamedTuple):
 def _sums_and_gradients(rows: _Rows, settings: _Settings, needs: tuple[bool, bool]) -> _Sums:
     """Go through the chunks once: the sums, and the gradient of the scaled loss where `needs` says so."""
     dtype, scratch = rows.result_dtype, _Scratch()
-    operands = rows.cast(settings.operand_dtype)
+    operands = rows.cast(settings.operand_dtype, settings.merged)
     n, m = len(rows.hidden_ND), len(rows.teacher_hidden_MD)
     ce_N, kl_M = rows.hidden_ND.new_empty(n, dtype=dtype), rows.hidden_ND.new_empty(m, dtype=dtype)
     entropy_sum = rows.hidden_ND.new_zeros((), dtype=dtype)
@@ -578,10 +722,9 @@ def _sums_and_gradients(rows: _Rows, settings: _Settings, needs: tuple[bool, boo
     grad_head_VD: Tensor | None = None
     for chunk in _chunks(operands, settings.chunk_size, dtype):
         for span, student_RV, teacher_RW in chunk.blocks():
-            scale, sparse = settings.ce_scale_of(span), settings.sparse_teacher
-            if sparse is not None and teacher_RW is not None:
-                sparse = sparse.rows(span)
-            block = _block(student_RV, rows.targets_N[span], teacher_RW, sparse, settings, scale, scratch, any(needs))
+            teacher = None if teacher_RW is None else settings.taught(span, teacher_RW)
+            scale = settings.ce_scale_of(span)
+            block = _block(student_RV, rows.targets_N[span], teacher, settings, scale, scratch, any(needs))
             ce_N[span] = block.ce_R
             if block.kl_R is not None:
                 kl_M[span] = block.kl_R
