@@ -27,6 +27,11 @@ TRAINING = {
 }
 # Command -> (module:function, purpose, example).
 TOOLS = {
+    "tokens": (
+        "agri_moe.tools.tokens:tokens",
+        "give a tokenizer new pieces for a language, as merges of those that it has",
+        "tokens --source Qwen/Qwen3-0.6B --input rows.parquet --pieces 263 --output hindi_tokens",
+    ),
     "upcycle": (
         "agri_moe.tools.upcycle:upcycle",
         "make a dense checkpoint a sparse Mixture-of-Experts",
