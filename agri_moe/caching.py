@@ -47,7 +47,7 @@ from agri_moe.data.logit_cache import (
 )
 from agri_moe.data.packing import SEGMENTS, MicroBatch, PackedRows, StepTotals, pack
 from agri_moe.data.rows import Rows
-from agri_moe.losses import entropy, log_probabilities, most_probable, sampled_counts
+from agri_moe.losses import Merged, entropy, log_probabilities, most_probable, sampled_counts
 from agri_moe.models.causal import NOTHING, CausalModel
 from agri_moe.models.checkpoint_files import load_config
 from agri_moe.models.distill import TEACHER, DistillModule, head_rows
@@ -210,6 +210,7 @@ class Scribe:
         self.segments: list[SegmentName] = list(asked.segments or names)
         self.objective = Objective(ce=CrossEntropy(segments=self.segments), kl=KL(1.0, segments=self.segments))
         data.teacher_view = module.teacher_view
+        self.merged = module.merged_of(data.chat)
 
     # ------------------------------------------------------------------ what is to be written
 
@@ -256,6 +257,8 @@ class Scribe:
     def vocabulary(self) -> int:
         """Tokens that teacher and student share."""
         chat = self.data.chat
+        if self.merged is not None:
+            return self.merged.width
         return min(head_rows(self.source, load_config(self.source, TEACHER), chat), self.module.vocabulary(chat))
 
     @property
@@ -288,7 +291,7 @@ class Scribe:
 
     def write(self) -> None:
         """Make this process's shards, those that are there already left as they are."""
-        if self.ranks.rank == 0 and self.data.teacher_view is not None:
+        if self.ranks.rank == 0 and self.module.own_view(self.data.chat) is not None:
             AutoTokenizer.from_pretrained(self.source, trust_remote_code=False).save_pretrained(self.folder / TOKENIZER)
         own = self.parts[self.ranks.rank :: self.ranks.world_size]
         total, quiet = sum(part.positions for part in own), self.ranks.rank > 0
@@ -304,7 +307,7 @@ class Scribe:
                 answers = list(self._answers(part, progress))
                 if writing is not None:
                     writing.result()
-                writing = writer.submit(write_shard, path, self.asked.kind, answers)
+                writing = writer.submit(write_shard, path, self.asked.kind, answers, self.merged is not None)
             if writing is not None:
                 writing.result()
 
@@ -313,8 +316,9 @@ class Scribe:
         """The model itself."""
         config = ModelConfig(self.source, attn_implementation=self.module.student_config.attn_implementation)
         asked = self.teacher_config
-        hf = config.load("model.teacher", self.data.chat, asked.torch_dtype, asked.quantization())
-        teacher = OnlineTeacher(CausalModel(hf))
+        chat = self.module.teacher_chat(self.data.chat)
+        hf = config.load("model.teacher", chat, asked.torch_dtype, asked.quantization())
+        teacher = OnlineTeacher(CausalModel(hf), None if self.merged is None else self.merged.width)
         teacher.to(self.ranks.device)
         return teacher
 
@@ -330,13 +334,13 @@ class Scribe:
             batch = packed[MicroBatch(sequences[start : start + at_a_time], _NO_TOTALS)]
             answers |= (found := dict(self._ask(batch, generator)))
             progress.update(sum(len(row.positions_N) for row in found.values()))
-        nothing = Answers.none(self.asked.kind)
+        nothing = Answers.none(self.asked.kind, self.merged is not None)
         for key, row in zip(part.keys.tolist(), part.chosen.tolist(), strict=True):
             yield key, answers.get(row, nothing)
 
     def _ask(self, batch: dict[str, Tensor], generator: torch.Generator) -> Iterator[tuple[int, Answers]]:
         """The answers to a micro-batch's rows, by their number in it; without those at which nothing is asked."""
-        batch |= self.objective.select(batch, sorted(self.data.chat.control_ids))
+        batch |= self.objective.select(batch, sorted(self.data.chat.control_ids), self.merged)
         at = batch["positions"][: len(batch["kl_targets"])]
         rows, places = (batch[name].flatten()[at].numpy() for name in ("row_ids", "position_ids"))
         if not len(rows):
@@ -345,7 +349,11 @@ class Scribe:
         assert signal.hidden_MD is not None, "a teacher that is there answers with its hidden states"
         assert signal.head_VD is not None, "and the head to them"
         chunks = log_probabilities(signal.hidden_MD, signal.head_VD[: self.vocabulary])
-        kept = [_kept(log_p_RW, self.asked.kind, self.tokens, generator) for log_p_RW in chunks]
+        kept, done = [], 0
+        for log_p_RW in chunks:
+            now = slice(done, done := done + len(log_p_RW))
+            merged = None if signal.merged is None else signal.merged.rows(now)
+            kept.append(_kept(log_p_RW, self.asked.kind, self.tokens, generator, merged))
         fields = [None if some[0] is None else np.concatenate(some) for some in zip(*kept, strict=True)]
         answers = Answers._make([places, *fields])
         if not np.isfinite(answers.entropy_N).all():
@@ -358,16 +366,21 @@ class Scribe:
             yield int(rows[start]), answers.select(slice(start, end))
 
 
-def _kept(log_p_RW: Tensor, kind: Kind, tokens: int, generator: torch.Generator) -> tuple[Any, ...]:
+def _kept(
+    log_p_RW: Tensor, kind: Kind, tokens: int, generator: torch.Generator, merged: Merged | None
+) -> tuple[Any, ...]:
     """The fields of `Answers` after its positions, in their order."""
-    log_probs = counts = log_tail = None
+    log_probs = counts = log_tail = whole = None
     if kind == "topk":
         ids, log_probs, log_tail = most_probable(log_p_RW, tokens)
         top = ids[:, 0]
     else:
         ids, counts = sampled_counts(log_p_RW, tokens, generator)
         top = log_p_RW.argmax(-1)
-    fields = (ids, log_probs, counts, log_tail, entropy(log_p_RW), top)
+    if merged is not None:
+        first_R = log_p_RW.gather(1, merged.next_first_M[:, None]).squeeze(1)
+        whole = (first_R + merged.rest_M).where(merged.begin_M < merged.end_M, 0.0)
+    fields = (ids, log_probs, counts, log_tail, entropy(log_p_RW), top, whole)
     return tuple(None if field is None else field.cpu().numpy() for field in fields)
 
 

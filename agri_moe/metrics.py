@@ -67,17 +67,22 @@ def tokens_seen(metric: Metric) -> Tensor:
 class SegmentLoss(_Sums):
     """Mean loss (nats) and perplexity per segment, and over all the reported segments together.
 
+    Where the bytes of text behind the tokens are given, in bits per byte too, in which models with other tokenizers can
+    be compared.
+
     Args:
         segments: name -> segment id of what to report, e.g. {"thought": 3, "assistant": 4}. Tokens of any
             other segment, padding among them, count in nothing; to ask for padding (0) is a ValueError.
 
     compute() returns {"loss": ..., "perplexity": ..., "loss_<name>": ..., "perplexity_<name>": ...} as
-    float32 scalars, without the names of which no token was seen.
+    float32 scalars, without the names of which no token was seen; and "bits_per_byte" and "bits_per_byte_<name>",
+    without those of which no byte was seen.
     """
 
     higher_is_better = False
     nll_sum: Tensor
     tokens: Tensor
+    text_bytes: Tensor
 
     def __init__(self, segments: Mapping[str, int], **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -86,23 +91,31 @@ class SegmentLoss(_Sums):
         self.segments = {name: int(segment) for name, segment in segments.items()}
         self.add_sum("nll_sum", len(segments))
         self.add_sum("tokens", len(segments))
+        self.add_sum("text_bytes", len(segments))
 
-    def update(self, nll_N: Tensor, segment_N: Tensor) -> None:
-        """Add tokens: their negative log-likelihood in nats [N], and the segment id of each [N]."""
+    def update(self, nll_N: Tensor, segment_N: Tensor, bytes_N: Tensor | None = None) -> None:
+        """Add tokens: their negative log-likelihood in nats [N], the segment id of each [N], and its bytes of text [N].
+
+        The bytes are given always or never. A marker has none, and its likelihood counts with the text.
+        """
         ids = torch.tensor(list(self.segments.values()), device=segment_N.device)
         chosen_SN = segment_N[None, :] == ids[:, None]
         self.nll_sum += nll_N.detach().to(self.nll_sum.dtype).where(chosen_SN, 0.0).sum(-1)
         self.tokens += chosen_SN.sum(-1)
+        if bytes_N is not None:
+            self.text_bytes += bytes_N.where(chosen_SN, 0).sum(-1)
 
     def compute(self) -> dict[str, Tensor]:
         """Return the means over everything seen by all ranks."""
         result: dict[str, Tensor] = {}
-        sums = [("", self.nll_sum.sum(), self.tokens.sum())]
-        sums += [(f"_{name}", self.nll_sum[i], self.tokens[i]) for i, name in enumerate(self.segments)]
-        for suffix, nll_sum, tokens in sums:
+        states_3S = torch.stack([self.nll_sum, self.tokens, self.text_bytes])
+        sums = [("", states_3S.sum(1))] + [(f"_{name}", states_3S[:, i]) for i, name in enumerate(self.segments)]
+        for suffix, (nll_sum, tokens, text_bytes) in sums:
             if tokens > 0:
                 result[f"loss{suffix}"] = (nll_sum / tokens).float()
                 result[f"perplexity{suffix}"] = (nll_sum / tokens).exp().float()
+            if text_bytes > 0:
+                result[f"bits_per_byte{suffix}"] = (nll_sum / (math.log(2) * text_bytes)).float()
         return result
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from agri_moe.data.chat import Segment
+from agri_moe.data.merged_tokens import MergedTokens
 from agri_moe.layer_map import Pairs, layer_pairs
 from agri_moe.losses import (
     LogitLoss,
@@ -255,7 +256,7 @@ class Objective:
 
     # ------------------------------------------------------------------ which tokens
 
-    def select(self, batch: Batch, control_ids: Sequence[int]) -> Batch:
+    def select(self, batch: Batch, control_ids: Sequence[int], merged: MergedTokens | None = None) -> Batch:
         """Choose this micro-batch's positions, on the CPU, before the batch moves to the device.
 
         Doing it here keeps the step free of host-device synchronisation (boolean indexing waits for the device).
@@ -263,6 +264,7 @@ class Objective:
         Args:
             batch: As `data/packing.py` describes it, tensors [B, T].
             control_ids: Markers and the end of text: targets at which the teacher is not asked.
+            merged: The student's tokens that join several of the teacher's pieces, if it has any.
 
         Returns:
             All int64, positions flat (b T + t) unless said otherwise:
@@ -272,8 +274,8 @@ class Objective:
             `sample` [S], the positions whose residual streams are compared, and `teacher_sample`; for each term that
             does so, `<term>_sample`, which of those are its own, and `<term>_tokens` [], from how many they were drawn;
             `queries` and `teacher_queries` [B, Q], positions t whose attention is compared, -1 where there are fewer;
-            `key_tokens` [B, T], the teacher's position of the same token, -1 where there is none;
-            `expert_sample`, the tokens that go through every expert.
+            `key_tokens` [B, T, K], the teacher's positions of the same token, or of its K pieces, -1 where there are
+            fewer; `expert_sample`, the tokens that go through every expert; what `MergedTokens.select` adds.
         """
         segments = batch["target_segments"].flatten()
         targets = batch["target_ids"].flatten()
@@ -293,8 +295,11 @@ class Objective:
             "teacher_positions": counterpart[kl_positions],
         }
         selected |= self._sample(taught, segments, counterpart, order)
+        if merged is not None:
+            selected |= merged.select(selected["kl_targets"], selected["teacher_positions"])
         if self.uses("attention"):
             selected |= self._queries(batch, taught, segments, counterpart, order)
+            selected["key_tokens"] = _keys(batch, merged)
         if self.uses("diversity"):
             tokens = (batch["segment_ids"].flatten() != Segment.PAD).nonzero()[:, 0]
             selected["expert_sample"] = _first(tokens, order, self.diversity.sample_tokens)
@@ -323,13 +328,8 @@ class Objective:
         last = torch.iinfo(torch.int64).max
         ranked = order.view(shape).where(candidates, last).argsort(1)[:, :wanted]
         there = candidates.gather(1, ranked)
-        width = batch["teacher_input_ids" if "teacher_input_ids" in batch else "input_ids"].shape[1]
-        tokens = _tokens(batch)
-        return {
-            "queries": ranked.where(there, -1),
-            "teacher_queries": (counterpart.view(shape).gather(1, ranked) % width).where(there, -1),
-            "key_tokens": (tokens % width).where(tokens >= 0, -1),
-        }
+        queries = counterpart.view(shape).gather(1, ranked) % _read_width(batch)
+        return {"queries": ranked.where(there, -1), "teacher_queries": queries.where(there, -1)}
 
     def counts(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Tokens under CE and under KL in the whole optimizer step, 0-d int64 each."""
@@ -375,6 +375,7 @@ class Objective:
             signal.hidden_MD if signal and use_kl else None,
             signal.head_VD if signal and use_kl else None,
             signal.sparse if signal and use_kl else None,
+            signal.merged if signal and use_kl else None,
             ce_scale=self._ce_scale(batch, now),
             kl_scale=kl_scale,
             temperature=self.temperature(now.step, running) if use_kl else 1.0,
@@ -486,7 +487,7 @@ class Objective:
             student, teacher = seen.out.attention[i], signal.attention[j]
             heads = self.attention.heads
             head_map = uniform_head_map(student.shape[1], teacher.shape[1]) if heads == "uniform" else heads
-            total, queries = attention_distance(student, teacher, batch["key_tokens"] >= 0, head_map)
+            total, queries = attention_distance(student, teacher, batch["key_tokens"][..., 0] >= 0, head_map)
             distances.append(total / queries.clamp(min=1))
             there = (queries > 0).float()
         return self._statistic("attention", torch.stack(distances), there, seen)
@@ -535,15 +536,36 @@ def _sum_of(by_segment: Tensor, names: Sequence[SegmentName]) -> Tensor:
 
 
 def _tokens(batch: Batch) -> Tensor:
-    """The flat place of each student token in what the teacher reads, [B, T], -1 where it has no such token."""
+    """The flat place of each student token, or its first piece, in what the teacher reads, [B, T], -1 for none."""
     if "teacher_tokens" in batch:
         return batch["teacher_tokens"]
     shape = batch["input_ids"].shape
     return torch.arange(shape.numel()).view(shape).where(batch["segment_ids"] != Segment.PAD, -1)
 
 
+def _read_width(batch: Batch) -> int:
+    """U, tokens of a sequence as the teacher reads it."""
+    return batch["teacher_input_ids" if "teacher_input_ids" in batch else "input_ids"].shape[1]
+
+
+def _keys(batch: Batch, merged: MergedTokens | None) -> Tensor:
+    """The teacher's positions in its sequence of each student token or its pieces, [B, T, K], -1 where there are none.
+
+    What a student's token is attended to, all of its pieces are.
+    """
+    tokens = _tokens(batch)
+    first = (tokens % _read_width(batch)).where(tokens >= 0, -1)[..., None]
+    if merged is None:
+        return first
+    there = merged.pieces(batch["input_ids"].flatten()).view(*tokens.shape, -1) >= 0
+    return (first + torch.arange(there.shape[-1])).where(there & (first >= 0), -1)
+
+
 def _counterparts(batch: Batch) -> Tensor:
-    """Where the teacher predicts what the student predicts at each position, flat [B T], -1 where it does not."""
+    """Where the teacher predicts what the student predicts at each position, flat [B T], -1 where it does not.
+
+    Of a merged token it predicts the first piece there.
+    """
     after = torch.nn.functional.pad(_tokens(batch)[:, 1:], (0, 1), value=-1)
     known = (after >= 0) & (batch["target_segments"] != Segment.PAD)
     if "teacher_position_ids" in batch:  # nothing predicts the first token of the teacher's row

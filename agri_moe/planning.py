@@ -149,6 +149,7 @@ def read_supply(data: Any, module: LanguageModule) -> Supply:
     length = data.max_length if hasattr(data, "max_length") else data.block_size
     per_batch = max(1, data.tokens_per_batch // length)
     view = getattr(module, "teacher_view", None)
+    view = None if view is None else view.of(data.chat)
     chat_rows = hasattr(data, "teacher_view")
     try:
         return _read_supply(data, view, length, per_batch)

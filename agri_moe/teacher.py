@@ -4,7 +4,8 @@
 answer is a `TeacherSignal`, so that either can stand in the other's place without the objective knowing.
 
 Shapes: B batch, T sequence of the student, U sequence of the teacher, M positions with KL, S sampled positions, Q query
-positions of a sequence, G key-value groups, D teacher width, V teacher vocabulary.
+positions of a sequence, G key-value groups, D teacher width, V teacher vocabulary, R pieces after the first of merged
+tokens.
 """
 
 import importlib.util
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 
 from agri_moe.data.logit_cache import Answers, LogitCache, View, join, row_key, to_arrays
-from agri_moe.losses import SparseTeacher, align_attention
+from agri_moe.data.merged_tokens import merged_of
+from agri_moe.losses import Merged, SparseTeacher, align_attention, token_statistics
 from agri_moe.models.causal import CausalModel, Reads
 
 Array = np.ndarray[Any, Any]
@@ -103,6 +105,7 @@ class TeacherSignal(NamedTuple):
     layers: dict[int, Tensor]  # layer -> [S, D], the residual stream at the sampled positions
     attention: dict[int, Tensor]  # layer -> [B, G, Q, T], attention over the tokens of the student's sequence
     sparse: SparseTeacher | None = None  # in place of hidden states and head: some tokens of the distributions
+    merged: Merged | None = None  # where the student has merges of its pieces: what it says of the whole next token
 
 
 class OnlineTeacher:
@@ -113,10 +116,12 @@ class OnlineTeacher:
 
     Args:
         model: The teacher, already on its device.
+        pieces: Of a student with merges of this teacher's pieces, how many pieces there are; None of any other.
     """
 
-    def __init__(self, model: CausalModel):
+    def __init__(self, model: CausalModel, pieces: int | None = None):
         self.model = model.eval().requires_grad_(False)
+        self.pieces = pieces
 
     def to(self, device: torch.device) -> None:
         """Move the weights; Lightning does not, since it does not know of this model."""
@@ -129,10 +134,25 @@ class OnlineTeacher:
         own["sample"] = batch["teacher_sample"]
         if reads.attention:
             own["queries"] = batch["teacher_queries"]
-        signal = self._ask(own, batch["teacher_positions"], reads)
+        signal = (
+            self._ask(own, batch["teacher_positions"], reads) if self.pieces is None else self._spell(own, batch, reads)
+        )
         # Brought to the tokens of the student's sequence, whatever the view.
         attention = {i: align_attention(seen, batch["key_tokens"]) for i, seen in signal.attention.items()}
         return signal._replace(attention=attention)
+
+    def _spell(self, own: dict[str, Tensor], batch: dict[str, Tensor], reads: Reads) -> TeacherSignal:
+        """The answer with what the teacher makes of the pieces after the first of the student's merged tokens."""
+        assert self.pieces is not None, "else there are none"
+        signal = self._ask(own, torch.cat([batch["teacher_positions"], batch["rest_positions"]]), reads)
+        assert signal.hidden_MD is not None and signal.head_VD is not None, "a model answers with both"  # noqa: PT018
+        count = len(batch["teacher_positions"])
+        head_VD = signal.head_VD[: self.pieces]
+        nll_R = token_statistics(signal.hidden_MD[count:], head_VD, batch["rest_targets"]).nll_N
+        rest_M = -torch.cat([nll_R, nll_R.new_zeros(1)])[batch["rest_places"]].sum(1)
+        return signal._replace(
+            hidden_MD=signal.hidden_MD[:count], head_VD=head_VD, merged=merged_of(batch, rest_M, self.pieces)
+        )
 
     def anchor(self, batch: dict[str, Tensor], reads: Reads) -> TeacherSignal:
         """Residual streams where the student's are sampled, of a model that reads what the student reads."""
@@ -165,7 +185,7 @@ class CachedTeacher:
 
         Returns:
             `cached_ids` [M, K] int32, `cached_probs` [M, K], `cached_entropy` [M] and, unless the answers are samples,
-            `cached_tail` [M], float32.
+            `cached_tail` [M], float32; with merged tokens `cached_whole` [M], the log-probability of all pieces.
 
         Raises:
             ValueError: If the cache has no answer for one of the positions.
@@ -181,6 +201,7 @@ class CachedTeacher:
         ]
         arrays = to_arrays(join(answers or [Answers.none(self.cache.header.kind)]))
         found = {"ids": arrays.ids_MK, "probs": arrays.probs_MK, "tail": arrays.tail_M, "entropy": arrays.entropy_M}
+        found["whole"] = arrays.whole_M
         return {f"cached_{name}": torch.from_numpy(a) for name, a in found.items() if a is not None}
 
     def _read(self, ids: Array, segments: Array, positions: Array) -> Answers:
@@ -205,4 +226,5 @@ class CachedTeacher:
             batch["cached_entropy"],
             self.cache.header.vocabulary,
         )
-        return TeacherSignal(None, None, {}, {}, sparse)
+        merged = merged_of(batch, batch["cached_whole"], sparse.vocabulary) if "cached_whole" in batch else None
+        return TeacherSignal(None, None, {}, {}, sparse, merged)

@@ -344,7 +344,7 @@ def test_distance_refuses_heads_that_are_not_there():
 def test_alignment_takes_the_teachers_probability_of_the_same_token():
     teacher = distributions(2, 3, 2, 5)
     tokens = torch.tensor([[-1, 1, 2, 4], [0, -1, -1, -1]])
-    aligned = align_attention(teacher, tokens)
+    aligned = align_attention(teacher, tokens[..., None])
     for b, g, q, t in np.ndindex(2, 3, 2, 4):
         u = tokens[b, t]
         assert aligned[b, g, q, t] == (teacher[b, g, q, u] if u >= 0 else 0)

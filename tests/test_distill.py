@@ -14,7 +14,7 @@ from agri_moe.data.packing import StepTotals, collate, count_targets
 from agri_moe.models.causal import CausalModel, start_rows
 from agri_moe.models.checkpoint_files import load_config
 from agri_moe.models.distill import DistillModule
-from agri_moe.models.source import StudentConfig, check_vocabulary, untrained_markers
+from agri_moe.models.source import StudentConfig, check_vocabulary, untrained_tokens
 from agri_moe.models.upcycle import UpcycleSpec, load_upcycled
 from agri_moe.objective import Objective
 from agri_moe.teacher import OnlineTeacher, TeacherConfig
@@ -260,7 +260,7 @@ def test_a_bf16_module_keeps_the_positions_of_its_rotary_embedding(chat, dense, 
 def test_new_markers_start_as_the_mean_of_their_pieces(chat, dense):
     model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
     before = model.get_input_embeddings().weight.clone()
-    pieces = untrained_markers(str(dense), chat)
+    pieces = untrained_tokens(str(dense), chat)
     assert len(pieces) == 4
     start_rows(model, pieces)
     after = model.get_input_embeddings().weight
@@ -285,7 +285,7 @@ def test_markers_of_a_trained_model_are_kept(chat, dense, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
     model.save_pretrained(tmp_path)
     chat.save(tmp_path)
-    assert untrained_markers(str(tmp_path), chat) == {}
+    assert untrained_tokens(str(tmp_path), chat) == {}
 
 
 def test_vocabularies_that_cannot_match_are_refused(chat, dense, tmp_path):

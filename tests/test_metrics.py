@@ -62,6 +62,16 @@ def test_segment_loss_by_hand():
     assert result == pytest.approx(losses | perplexities)
 
 
+def test_bits_per_byte_by_hand():
+    """A marker has no bytes, and its loss counts; other segments' bytes do not."""
+    metric = SegmentLoss(SEGMENTS)
+    metric.update(torch.tensor([9.0, 1.0, 3.0, 2.0]), torch.tensor([2, 3, 3, 4]), torch.tensor([7, 3, 0, 5]))
+    result = metric.compute()
+    assert result["bits_per_byte"].item() == pytest.approx(6 / math.log(2) / 8)
+    assert result["bits_per_byte_thought"].item() == pytest.approx(4 / math.log(2) / 3)
+    assert result["bits_per_byte_assistant"].item() == pytest.approx(2 / math.log(2) / 5)
+
+
 def test_segment_loss_leaves_out_what_it_did_not_see():
     metric = SegmentLoss(SEGMENTS)
     metric.update(torch.tensor([1.0]), torch.tensor([4]))

@@ -292,8 +292,8 @@ def test_wrong_sources_and_settings(tmp_path: Path) -> None:
         TeacherView(str(tmp_path), "native").check()
     with pytest.raises(ValueError, match=r"model.teacher.source \S+absent has no tokenizer that can be loaded"):
         TeacherView(str(tmp_path / "absent"), "native").check()
-    with pytest.raises(ValueError, match="model.teacher.view is 'same'"):
-        TeacherView("x", "same")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="model.teacher.view is 'sideways'"):
+        TeacherView("x", "sideways")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="model.teacher.min_aligned is 2"):
         TeacherView("x", "native", 2)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,8 @@ from datetime import date
 from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from agri_moe.data.merges import read_pieces, write_pieces
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
@@ -128,15 +131,23 @@ class Chat:
     Args:
         tokenizer: A fast tokenizer of transformers.
         format: Markers, scenario header and default instruction.
+        merged: Id of each token that joins several of another tokenizer's -> the ids of those (see `data/merges.py`):
+            the last ids of the tokenizer, without a gap.
 
     Attributes:
         marker_ids: Name of a marker -> its id.
         control_ids: The ids of all markers, the end marker among them.
         new_marker_pieces: Id of a marker that the tokenizer lacked -> ids of its string as plain text, whose
             embeddings' mean is where the new row starts.
+        merged: As given.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, format: ChatFormat = DEFAULT_FORMAT) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        format: ChatFormat = DEFAULT_FORMAT,
+        merged: Mapping[int, Sequence[int]] | None = None,
+    ) -> None:
         from tokenizers import AddedToken
 
         if not getattr(tokenizer, "is_fast", False):
@@ -161,8 +172,14 @@ class Chat:
             tokenizer.pad_token = format.end
         self.pad_id: int = tokenizer.pad_token_id
         self._plain = without_added_tokens(tokenizer)
+        self.merged: dict[int, tuple[int, ...]] = {token: tuple(pieces) for token, pieces in (merged or {}).items()}
+        if self.merged and missing:
+            raise ValueError(
+                f"format: tokenizer {tokenizer.name_or_path} was extended by `tokens` with other markers than "
+                f"{missing[0]}; extend it anew with these."
+            )
         self.new_marker_pieces: dict[int, list[int]] = {
-            tokenizer.convert_tokens_to_ids(marker): self.encode_text(marker) for marker in missing
+            tokenizer.convert_tokens_to_ids(marker): self._marker_pieces(marker) for marker in missing
         }
         self.chat_template = chat_template(format)
         tokenizer.chat_template = self.chat_template
@@ -191,13 +208,38 @@ class Chat:
         if format is None:
             saved = folder / FORMAT_FILE
             format = _saved_format(saved) if saved.is_file() else DEFAULT_FORMAT
-        return cls(loaded, format)
+        return cls(loaded, format, read_pieces(folder))
 
     def save(self, folder: str | Path) -> None:
         """Writes the tokenizer with the chat template, the end marker as eos, and the format."""
         self.tokenizer.save_pretrained(str(folder))
         text = json.dumps(dataclasses.asdict(self.format), ensure_ascii=False, indent=2)
         (Path(folder) / FORMAT_FILE).write_text(text + "\n", "utf-8")
+        if self.merged:
+            write_pieces(folder, self.merged)
+
+    @property
+    def untrained_pieces(self) -> dict[int, list[int]]:
+        """Id of every marker and merged token -> the ids whose rows' mean is where its own row starts, where needed."""
+        markers = {i: self._marker_pieces(self.format.markers[name]) for name, i in self.marker_ids.items()}
+        return markers | {token: list(pieces) for token, pieces in self.merged.items()}
+
+    @functools.cached_property
+    def token_bytes(self) -> list[int] | None:
+        """Bytes of text of each token by its id, 0 of added ones; None unless the tokenizer is byte-level."""
+        decoder = json.loads(self.tokenizer.backend_tokenizer.to_str())["decoder"] or {}
+        if "ByteLevel" not in {part.get("type") for part in (decoder, *decoder.get("decoders", ()))}:
+            return None
+        added = self.tokenizer.get_added_vocab()
+        sizes = [0] * (1 + max(self.tokenizer.get_vocab().values()))
+        for token, i in self.tokenizer.get_vocab().items():
+            sizes[i] = 0 if token in added else len(token)  # a character of a byte-level token is a byte
+        return sizes
+
+    def normalized(self, text: str) -> str:
+        """Text as the tokenizer reads it, before it cuts it up (Qwen's: NFC)."""
+        normalizer = self.tokenizer.backend_tokenizer.normalizer
+        return text if normalizer is None else str(normalizer.normalize_str(text))
 
     def render(self, row: Row) -> str:
         """The text of a row, markers as their strings."""
@@ -238,6 +280,10 @@ class Chat:
         """Plain text as ids, none of them an added token, whatever the text says."""
         ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
         return ids
+
+    def _marker_pieces(self, marker: str) -> list[int]:
+        """A marker as plain text, in tokens that are no merges."""
+        return [piece for token in self.encode_text(marker) for piece in self.merged.get(token, (token,))]
 
     def encode_prompt(
         self, scenario: str | Mapping[str, Any], system: str | None = None, thought: bool = True

@@ -263,9 +263,10 @@ class ChatDataModule(StreamingDataModule):
     @property
     def _view(self) -> TeacherView | None:
         """How the teacher reads the rows: None is as the student does, or not at all."""
-        if self.teacher_view is not None or self.trainer is None or self.trainer.state.fn == "predict":
-            return self.teacher_view
-        return getattr(self.trainer.lightning_module, "teacher_view", None)
+        view = self.teacher_view
+        if view is None and self.trainer is not None and self.trainer.state.fn != "predict":
+            view = getattr(self.trainer.lightning_module, "teacher_view", None)
+        return None if view is None else view.of(self.chat)
 
     @property
     def _per_batch(self) -> int:

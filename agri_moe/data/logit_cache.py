@@ -81,19 +81,21 @@ class Answers(NamedTuple):
     log_tail_N: Floats | None  # nats, -inf where no mass is left
     entropy_N: Floats  # nats
     top_N: Ints  # the most probable token
+    whole_N: Floats | None = None  # nats, <= 0: of all pieces of the student's next token, where it has merged tokens
 
     def select(self, chosen: Any) -> Answers:
         """Some of the positions."""
         return Answers._make(None if array is None else array[chosen] for array in self)
 
     @classmethod
-    def none(cls, kind: Kind) -> Answers:
+    def none(cls, kind: Kind, whole: bool = False) -> Answers:
         """Of a row at which the teacher is not asked."""
         ints, floats = np.zeros(0, np.int64), np.zeros(0, np.float32)
         ids = np.zeros((0, 1), np.int64)
+        last = floats if whole else None
         if kind == "topk":
-            return cls(ints, ids, np.zeros((0, 1), np.float32), None, floats, floats, ints)
-        return cls(ints, ids, None, ids, None, floats, ints)
+            return cls(ints, ids, np.zeros((0, 1), np.float32), None, floats, floats, ints, last)
+        return cls(ints, ids, None, ids, None, floats, ints, last)
 
 
 class Arrays(NamedTuple):
@@ -103,6 +105,7 @@ class Arrays(NamedTuple):
     probs_MK: Floats
     tail_M: Floats | None  # adds up to 1 with the probabilities
     entropy_M: Floats
+    whole_M: Floats | None  # nats
 
 
 def join(answers: Sequence[Answers]) -> Answers:
@@ -140,7 +143,7 @@ def to_arrays(answers: Answers) -> Arrays:
     probs[is_top] = 0
     ids = np.concatenate([top[:, None], ids], axis=1)
     probs = np.concatenate([first[:, None], probs], axis=1)
-    return Arrays(ids.astype(np.int32), probs, tail, answers.entropy_N)
+    return Arrays(ids.astype(np.int32), probs, tail, answers.entropy_N, answers.whole_N)
 
 
 def _widened(array: Any, width: int, filling: float) -> Any:
@@ -155,6 +158,8 @@ FIELDS = {
     "topk": ("positions", "ids", "log_probs", "least", "tail", "entropy", "top"),
     "sampled": ("positions", "drawn", "ids", "counts", "entropy", "top"),
 }
+WHOLE = "whole"
+"""One more, where the student has merged tokens."""
 
 
 def encode(rows: Sequence[Answers]) -> dict[str, list[bytes]]:
@@ -162,6 +167,8 @@ def encode(rows: Sequence[Answers]) -> dict[str, list[bytes]]:
     answers = join(rows)
     gaps = np.concatenate([np.diff(row.positions_N, prepend=0) for row in rows])
     numbers = {"positions": gaps, "entropy": _rounded(answers.entropy_N, FINE_STEP), "top": answers.top_N}
+    if answers.whole_N is not None:
+        numbers[WHOLE] = _rounded(-answers.whole_N, FINE_STEP)
     if answers.log_probs_NK is None:
         assert answers.counts_NK is not None, "one of the two"
         order = np.lexsort((answers.ids_NK, answers.counts_NK == 0))  # what fills up stands last
@@ -196,6 +203,9 @@ def decode(fields: Mapping[str, Sequence[Any]], kind: Kind, total: int, k: int, 
     positions = _numbers(fields["positions"], total, part).cumsum()
     entropy = (_numbers(fields["entropy"], total, part) * FINE_STEP).astype(np.float32)
     top, n = _numbers(fields["top"], total, part), part.stop - part.start
+    whole = None
+    if WHOLE in fields:
+        whole = (_numbers(fields[WHOLE], total, part) * -FINE_STEP).astype(np.float32)
     if kind == "topk":
         every = slice(part.start * k, part.stop * k)
         ids = _numbers(fields["ids"], total * k, every).reshape(n, k).cumsum(1)
@@ -207,7 +217,7 @@ def decode(fields: Mapping[str, Sequence[Any]], kind: Kind, total: int, k: int, 
         tail = _numbers(fields["tail"], total, part)
         log_tail = np.where(tail == _NO_TAIL, -np.inf, -FINE_STEP * tail).astype(np.float32)
         best = np.take_along_axis(ids, top[:, None], 1)[:, 0]
-        return Answers(positions, ids, log_probs.astype(np.float32), None, log_tail, entropy, best)
+        return Answers(positions, ids, log_probs.astype(np.float32), None, log_tail, entropy, best, whole)
     sizes = _numbers(fields["drawn"], total, slice(0, total))
     if sizes.max(initial=0) > k:
         raise ValueError("more tokens than were drawn")
@@ -217,7 +227,7 @@ def decode(fields: Mapping[str, Sequence[Any]], kind: Kind, total: int, k: int, 
     gaps, counts = (np.zeros(drawn.shape, np.int64) for _ in range(2))
     gaps[drawn] = _numbers(fields["ids"], int(ends[-1]), every)
     counts[drawn] = _numbers(fields["counts"], int(ends[-1]), every)
-    return Answers(positions, np.where(drawn, gaps.cumsum(1), 0), None, counts, None, entropy, top)
+    return Answers(positions, np.where(drawn, gaps.cumsum(1), 0), None, counts, None, entropy, top, whole)
 
 
 def _rounded(values: Floats, step: float) -> Ints:
@@ -357,16 +367,23 @@ def shard_name(number: int) -> str:
     return f"{number:05d}.arrow"
 
 
-def write_shard(path: Path, kind: Kind, rows: Iterable[tuple[int, Answers]]) -> None:
-    """Write rows, by key and answers, to one file; its name is given only after the last byte is on disk."""
-    columns: dict[str, list[Any]] = {name: [] for name in ("rows", "lengths", *FIELDS[kind])}
+def write_shard(path: Path, kind: Kind, rows: Iterable[tuple[int, Answers]], whole: bool = False) -> None:
+    """Write rows, by key and answers, to one file; its name is given only after the last byte is on disk.
+
+    Args:
+        path: Of the file.
+        kind: Of the answers.
+        rows: All with `whole_N`, or all without.
+        whole: Whether they have it.
+    """
+    schema = _schema(kind, whole)
+    columns: dict[str, list[Any]] = {field.name: [] for field in schema}
     for block in _blocks(rows):
         answers = [row for _, row in block]
         columns["rows"].append([key for key, _ in block])
         columns["lengths"].append([len(row.positions_N) for row in answers])
         for name, planes in encode(answers).items():
             columns[name].append(planes)
-    schema = _schema(kind)
     batch = pa.record_batch([pa.array(columns[field.name], field.type) for field in schema], schema)
     unfinished = path.with_name(path.name + ".partial")
     with unfinished.open("wb") as file:
@@ -377,11 +394,11 @@ def write_shard(path: Path, kind: Kind, rows: Iterable[tuple[int, Answers]]) -> 
     unfinished.replace(path)
 
 
-def _schema(kind: Kind) -> Any:
+def _schema(kind: Kind, whole: bool) -> Any:
     """Of a shard; one element of each list is a block."""
     return pa.schema(
         [("rows", pa.list_(pa.uint64())), ("lengths", pa.list_(pa.int32()))]
-        + [(name, pa.list_(pa.binary())) for name in FIELDS[kind]]
+        + [(name, pa.list_(pa.binary())) for name in (*FIELDS[kind], *[WHOLE] * whole)]
     )
 
 
@@ -475,7 +492,7 @@ def _open_shard(path: Path, kind: Kind, tokens: int) -> Any:
     """The record batch of a shard, mapped, if its columns are what `write_shard` writes, and of a size to be held."""
     with _telling(path):
         file = pa.ipc.open_file(pa.memory_map(str(path)))
-        if file.num_record_batches != 1 or file.schema != _schema(kind):
+        if file.num_record_batches != 1 or file.schema not in (_schema(kind, False), _schema(kind, True)):
             raise ValueError("it holds other columns")
         batch = file.get_batch(0)
         batch.validate(full=True)
@@ -625,7 +642,8 @@ class LogitCache:
     def _decode(self, shard: int, block: int, start: int, end: int, total: int) -> Answers:
         batch, kind = self._shards[shard], self.header.kind
         with _telling(self.folder / shard_name(shard)):
-            fields = {name: [plane.as_buffer() for plane in batch.column(name)[block].values] for name in FIELDS[kind]}
+            names = [name for name in batch.schema.names if name not in ("rows", "lengths")]
+            fields = {name: [plane.as_buffer() for plane in batch.column(name)[block].values] for name in names}
             answers = decode(fields, kind, total, self.header.tokens, slice(start, end))
             if max(answers.ids_NK.max(initial=0), answers.top_N.max(initial=0)) >= self.header.vocabulary:
                 raise ValueError("it names a token outside the vocabulary")

@@ -157,7 +157,7 @@ def load(
     digest.update(repr((CACHE_VERSION, dataclasses.asdict(chat.format), signature)).encode())
     digest.update(repr([_stamp(source) for source in sources]).encode())
     if view is not None:
-        digest.update(view.fingerprint.encode())
+        digest.update(view.fingerprint(chat).encode())
     if group_by is not None:
         digest.update(repr(("group_by", group_by)).encode())
     many = num_proc > 1 and len(sources) > 1

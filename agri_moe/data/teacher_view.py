@@ -4,7 +4,9 @@
         -> for each of the student's tokens: where the teacher has the same token of the same content, or -1
 
 Both models have one tokenizer, so the same text gives the same tokens, except beside the frame, where a token may take
-in a newline that the other frame does not have there.
+in a newline that the other frame does not have there. Where the student's tokenizer has merges of the teacher's pieces
+beside them (`merges.py`), one of its tokens is several of the teacher's, and the same row in the same form is read in
+other ids.
 
 As in `chat`, text can never become a control token: the template is rendered with placeholders once, and a row's texts
 are put in their places as plain text. What stands between two control tokens is encoded as one piece, so that the ids
@@ -22,7 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from agri_moe.data.chat import Chat, Piece, Row, Segment, without_added_tokens
+from agri_moe.data.chat import Chat, ChatFormat, Piece, Row, Segment, without_added_tokens
+from agri_moe.data.merged_tokens import same_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -34,33 +37,35 @@ class TeacherRow(NamedTuple):
     """A row as the teacher reads it."""
 
     input_ids: list[int]
-    tokens: list[int]  # for each of the student's tokens, the place of the same one in input_ids, or -1
+    tokens: list[int]  # for each of the student's tokens, the place in input_ids of the same one or its pieces, or -1
     answer: int  # tokens of the student that hold text the teacher is asked about: advisory, and in native thought
     aligned: int  # those of them that the teacher predicts too
 
 
 @dataclass(frozen=True)
 class TeacherView:
-    """The teacher's own rendering of rows, aligned with the student's.
+    """The teacher's own rendering of rows, or the student's in the teacher's tokens, aligned with the student's.
 
     With `native` the thought stands where the template puts reasoning (`reasoning_content`, as in Qwen3), or in
     `<think>` before the answer when the template knows no reasoning. With `no_thought` the answer follows whatever the
-    template writes for an assistant that did not think (in Qwen3 an empty think block).
+    template writes for an assistant that did not think (in Qwen3 an empty think block). With `same` it is the student's
+    own rendering, markers included, in the tokens of the teacher; `of` tells whether those are others.
 
     Tokenizer and template are loaded when first needed; `check` does it at once.
 
     Args:
-        source: Folder or hub name of the teacher (`model.teacher.source`), with its own tokenizer and chat template.
+        source: Folder or hub name of the teacher (`model.teacher.source`), with its own tokenizer and, unless the view
+            is `same`, chat template.
         view: Whether the teacher reads the thought.
         min_aligned: A row of whose answer a smaller share aligns is a bad row.
     """
 
     source: str
-    view: Literal["native", "no_thought"]
+    view: Literal["same", "native", "no_thought"]
     min_aligned: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.view not in ("native", "no_thought"):
+        if self.view not in ("same", "native", "no_thought"):
             raise ValueError(f"model.teacher.view is {self.view!r}: it must be same, native or no_thought.")
         if not 0 <= self.min_aligned <= 1:
             raise ValueError(f"model.teacher.min_aligned is {self.min_aligned}: it must be between 0 and 1.")
@@ -69,13 +74,63 @@ class TeacherView:
         # Another process loads a tokenizer of its own: a pickled one forgets to split added tokens.
         return TeacherView, (self.source, self.view, self.min_aligned)
 
+    def of(self, chat: Chat) -> TeacherView | None:
+        """This view, or None where the teacher reads just what `chat` writes.
+
+        Raises:
+            ValueError: If the tokenizers differ in more than merges, or cannot be aligned.
+        """
+        if self.view != "same":
+            return self
+        return self if self.lacks(chat) else None
+
+    def lacks(self, chat: Chat) -> bool:
+        """Whether the teacher's tokenizer lacks merged tokens that the student's has.
+
+        Raises:
+            ValueError: If it has some of them, or other ids for the rest, or the teacher brings no tokenizer.
+        """
+        if not chat.merged:
+            return False
+        theirs = self.chat(chat.format).tokenizer.get_vocab()
+        ours = chat.tokenizer.get_vocab()
+        known = [token for token, i in ours.items() if i in chat.merged and token in theirs]
+        if len(known) == len(chat.merged):
+            return False
+        other = next((t for t, i in ours.items() if i not in chat.merged and theirs.get(t) != i), None)
+        if known or other is not None:
+            raise ValueError(
+                f"data.tokenizer was extended from another tokenizer than that of model.teacher.source {self.source}, "
+                f"which has {(known or [other])[0]!r} elsewhere or not at all: extend the teacher's with `tokens`."
+            )
+        return True
+
+    def chat(self, format: ChatFormat) -> Chat:
+        """The teacher's tokenizer with the markers of a format."""
+        if format not in self._chats:
+            folder = Path(self.source).expanduser()
+            if folder.is_dir() and not (folder / "tokenizer.json").is_file():
+                raise ValueError(
+                    f"model.teacher.source {self.source} has no tokenizer.json: a student with merged tokens needs the "
+                    "teacher's own."
+                )
+            self._chats[format] = Chat.load(self.source, format)
+        return self._chats[format]
+
+    @functools.cached_property
+    def _chats(self) -> dict[ChatFormat, Chat]:
+        return {}
+
     def check(self) -> None:
         """Raises a ValueError when the teacher has no chat template that this view can use."""
-        _ = self._template
+        if self.view != "same":
+            _ = self._template
 
-    @property
-    def fingerprint(self) -> str:
+    def fingerprint(self, chat: Chat) -> str:
         """Changes when a row's ids or alignment may; `min_aligned` is applied afterwards."""
+        if self.view == "same":
+            text = self.chat(chat.format).tokenizer.backend_tokenizer.to_str()
+            return hashlib.sha256(repr((text, chat.merged)).encode()).hexdigest()
         return self._template.fingerprint
 
     def encode(self, chat: Chat, row: Row) -> TeacherRow:
@@ -85,15 +140,20 @@ class TeacherView:
             ValueError: With the reason, if the row cannot be used or the template does more to its texts than strip.
         """
         pieces = chat.pieces(row)
-        asked = {Segment.THOUGHT, Segment.ASSISTANT} if self.view == "native" else {Segment.ASSISTANT}
-        prompt = {Segment.SYSTEM, Segment.USER}
-        ids, theirs = self._template.encode({p.segment: p.text for p in pieces if p.segment in prompt | asked})
+        asked = {Segment.ASSISTANT} if self.view == "no_thought" else {Segment.THOUGHT, Segment.ASSISTANT}
         tokens = [-1] * (pieces[-1].first + len(pieces[-1].ids) + 1)
+        if self.view == "same":
+            ids = self._same(chat, row, pieces, tokens)
+        else:
+            prompt = {Segment.SYSTEM, Segment.USER}
+            ids, theirs = self._template.encode({p.segment: p.text for p in pieces if p.segment in prompt | asked})
+            match = _same_bytes if chat.merged else _same_tokens
+            for ours in pieces:
+                if ours.segment in theirs:
+                    for i, j in match(chat, ours, theirs[ours.segment]).items():
+                        tokens[ours.first + i] = j
         answer = aligned = 0
         for ours in pieces:
-            if ours.segment in theirs:
-                for i, j in same_tokens(ours, *theirs[ours.segment]).items():
-                    tokens[ours.first + i] = j
             if ours.segment in asked:
                 held = [
                     i for i, (start, end) in enumerate(ours.spans, ours.first) if start < len(ours.text) and end > 0
@@ -102,9 +162,52 @@ class TeacherView:
                 aligned += sum(tokens[i] > 0 for i in held)  # nothing predicts the teacher's first token
         return TeacherRow(ids, tokens, answer, aligned)
 
+    def _same(self, chat: Chat, row: Row, pieces: Sequence[Piece], tokens: list[int]) -> list[int]:
+        """The ids of the student's own rendering in the teacher's tokens; fills in where each of the student's is."""
+        theirs = self.chat(chat.format)
+        for ours, other in zip(pieces, theirs.pieces(row), strict=True):
+            tokens[ours.first - 1] = other.first - 1  # the markers
+            for i, j in same_bytes(ours.ids, other.ids, chat.merged, _token_bytes(chat)).items():
+                tokens[ours.first + i] = other.first + j
+        tokens[-1] = other.first + len(other.ids)
+        return theirs.encode(row).input_ids
+
     @functools.cached_property
     def _template(self) -> _Template:
+        assert self.view != "same", "which has no template of its own"
         return _Template(self.source, self.view)
+
+
+class _Read(NamedTuple):
+    """A text of a row as it stands in what the teacher reads."""
+
+    piece: Piece  # its tokens, with those of the plain text around it
+    kept: tuple[int, int]  # range of its characters that is there
+    before: str  # what stands before it in the run of plain text that was encoded
+
+
+def _same_tokens(_: Chat, ours: Piece, theirs: _Read) -> dict[int, int]:
+    return same_tokens(ours, theirs.piece, theirs.kept)
+
+
+def _same_bytes(chat: Chat, ours: Piece, theirs: _Read) -> dict[int, int]:
+    """As `same_tokens`, where tokens of ours are merges."""
+
+    def size(text: str) -> int:
+        return len(chat.normalized(text).encode())
+
+    first, last = (size(ours.text[:end]) for end in theirs.kept)
+    found = same_bytes(
+        *(ours.ids, theirs.piece.ids, chat.merged, _token_bytes(chat)),
+        begins=(1, size(theirs.before) - first),  # after the newline that follows a marker
+        kept=(first, last),
+    )
+    return {i: theirs.piece.first + j for i, j in found.items()}
+
+
+def _token_bytes(chat: Chat) -> list[int]:
+    assert chat.token_bytes is not None, "`tokens` extends byte-level tokenizers only"
+    return chat.token_bytes
 
 
 def same_tokens(ours: Piece, theirs: Piece, kept: tuple[int, int]) -> dict[int, int]:
@@ -174,7 +277,7 @@ class _Template:
         parts = (self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.chat_template, self.view, frames)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
-    def encode(self, texts: Texts) -> tuple[list[int], dict[Segment, tuple[Piece, tuple[int, int]]]]:
+    def encode(self, texts: Texts) -> tuple[list[int], dict[Segment, _Read]]:
         """The ids of a row; of each text its tokens, and the range of its characters that the template keeps."""
         frame = self._frames[tuple(sorted(texts))]
         kept = _kept(self._render(texts), frame.between, [texts[segment] for segment in frame.segments])
@@ -182,7 +285,7 @@ class _Template:
             raise ValueError(f"the chat template of {self.source} changes more of it than the space around its texts")
         ranges = dict(zip(frame.segments, kept, strict=True))
         ids: list[int] = []
-        found: dict[Segment, tuple[Piece, tuple[int, int]]] = {}
+        found: dict[Segment, _Read] = {}
         for item in frame.items:
             if isinstance(item, int):
                 ids.append(item)
@@ -194,7 +297,8 @@ class _Template:
                 if not isinstance(part, str):
                     shift = ranges[part][0] - begin  # from characters of the run to those of the text
                     spans = [(start + shift, end + shift) for start, end in encoded.offsets]
-                    found[part] = Piece(part, texts[part], len(ids), encoded.ids, spans), ranges[part]
+                    piece = Piece(part, texts[part], len(ids), encoded.ids, spans)
+                    found[part] = _Read(piece, ranges[part], "".join(strings)[:begin])
             ids += encoded.ids
         return ids, found
 

@@ -1,7 +1,7 @@
 """How far a student's attention is from a teacher's, and where attention goes.
 
-Shape legend: B sequences, T student tokens of a sequence, U teacher tokens, Q queries, G key-value groups, P mapped
-pairs of groups.
+Shape legend: B sequences, T student tokens of a sequence, U teacher tokens, K of them that make up one student token, Q
+queries, G key-value groups, P mapped pairs of groups.
 """
 
 from collections.abc import Sequence
@@ -14,17 +14,22 @@ from torch import Tensor
 NO_MASS = 1e-30
 
 
-def align_attention(teacher_BGQU: Tensor, key_tokens_BT: Tensor) -> Tensor:
-    """The teacher's attention on the student's tokens, [B, G, Q, T].
+def align_attention(teacher_BGQU: Tensor, key_tokens_BTK: Tensor) -> Tensor:
+    """The teacher's attention on the student's tokens, [B, G, Q, T], of several of its tokens the sum.
 
     Args:
         teacher_BGQU: Probabilities over the teacher's tokens.
-        key_tokens_BT: int64, the teacher's token u of the student's token t in the same sequence; -1 for none, where
-            the result is 0.
+        key_tokens_BTK: int64, the teacher's tokens u of the student's token t in the same sequence; -1 where there are
+            fewer, which adds 0.
     """
     groups, queries = teacher_BGQU.shape[1:3]
-    index_BGQT = key_tokens_BT.clamp(min=0)[:, None, None].expand(-1, groups, queries, -1)
-    return teacher_BGQU.gather(3, index_BGQT).where((key_tokens_BT >= 0)[:, None, None], 0.0)
+
+    def on(key_tokens_BT: Tensor) -> Tensor:
+        index_BGQT = key_tokens_BT.clamp(min=0)[:, None, None].expand(-1, groups, queries, -1)
+        return teacher_BGQU.gather(3, index_BGQT).where((key_tokens_BT >= 0)[:, None, None], 0.0)
+
+    aligned_BGQT, *others = (on(key_tokens_BT) for key_tokens_BT in key_tokens_BTK.unbind(-1))
+    return sum(others, start=aligned_BGQT)
 
 
 def attention_distance(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from agri_moe.data.chat import Chat, Segment
+from agri_moe.data.merged_tokens import MergedTokens
 from agri_moe.evaluation import Evaluation, Row, score_answers
 from agri_moe.expert_use import choices
 from agri_moe.generation import generate
@@ -60,8 +61,10 @@ class LanguageModule(TrainingModule, ABC):
 
     Attributes:
         evaluation: What the last `test` found.
+        merged_tokens: The model's tokens that join several of the pieces that its teacher reads; None without such.
     """
 
+    merged_tokens: MergedTokens | None = None
     model: CausalModel
     model_key: str
     validation: Validation
@@ -353,7 +356,8 @@ class LanguageModule(TrainingModule, ABC):
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Choose positions on the CPU, where it costs no synchronisation with the device."""
         if isinstance(batch, dict) and "target_ids" in batch:
-            return batch | self.objective.select(batch, self.control_ids) | self.routed_tokens(batch)
+            selected = self.objective.select(batch, self.control_ids, self.merged_tokens)
+            return batch | selected | self.routed_tokens(batch)
         return batch
 
     def routed_tokens(self, batch: Batch) -> Batch:
@@ -612,6 +616,7 @@ class LanguageModule(TrainingModule, ABC):
             teacher_hidden_MD=signal.hidden_MD if signal else None,
             teacher_head_VD=signal.head_VD if signal else None,
             sparse_teacher=signal.sparse if signal else None,
+            merged=signal.merged if signal else None,
         )
         with choices(self.model.routers if self.validation.groups is not None else []) as chosen:
             out = self.model(batch, batch["positions"], read, self.plan.student)
@@ -650,6 +655,11 @@ class LanguageModule(TrainingModule, ABC):
         metric = GroupRouting(names, of_row, len(self.model.routers), self.model.num_experts)
         self.validation.groups = metric.to(self.device)
 
+    def _weigh_tokens(self) -> None:
+        """Get ready to tell losses by bytes of text, where a token's are known."""
+        known = self.chat.token_bytes
+        self.validation.token_bytes = None if known is None else torch.tensor(known, device=self.device)
+
     @property
     def answers_tests(self) -> bool:
         """Whether a test has the model answer the rows too: the data module then gives them as prompts besides."""
@@ -679,11 +689,13 @@ class LanguageModule(TrainingModule, ABC):
     def on_validation_epoch_start(self) -> None:
         """Begin with the groups of the validation rows."""
         self._sort_rows("validation")
+        self._weigh_tokens()
 
     def on_test_epoch_start(self) -> None:
         """Begin with no answers, and the groups of the test rows."""
         self._answered = []
         self._sort_rows("test")
+        self._weigh_tokens()
 
     def on_test_epoch_end(self) -> None:
         """Log the test, and score the answers of all ranks."""

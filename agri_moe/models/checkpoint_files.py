@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedConfig
 
+from agri_moe.data.merges import PIECES_FILE
 from agri_moe.models import shared_core  # noqa: F401  (the Auto classes then read its format)
 from agri_moe.runs import replace_text
 
@@ -33,11 +34,13 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 LITGPT = "lit_model.pth"
 PROVENANCE = "upcycle.json"
+GENERATION_CONFIG = "generation_config.json"
 # Everything of a checkpoint that is neither weights nor config: the tokenizer and how to generate.
 COMPANIONS = (
     "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
-    "spiece.model", "generation_config.json",
+    "spiece.model", GENERATION_CONFIG, PIECES_FILE,
 )  # fmt: skip
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # "model*": some repositories hold the same weights twice (consolidated.safetensors).
 CHECKPOINT = (CONFIG, "model*.safetensors", INDEX, *COMPANIONS)
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -89,6 +92,60 @@ class MappedTensor(StoredTensor):
     def pieces(self, size: int = 1 << 23) -> Iterator[Tensor]:
         """The tensor in runs of rows, about `size` bytes each."""
         yield from self.tensor.split(max(1, size * self.shape[0] // self.size))
+
+
+NewRows = Mapping[int, Sequence[int]]
+"""Id of each token that a model never learned -> ids of those whose rows' mean its own row starts as."""
+
+
+def grown(rows: int, new_rows: NewRows) -> int:
+    """Rows of an embedding with room for new tokens: as many, or the next multiple of 128."""
+    needed = 1 + max(new_rows)
+    return rows if needed <= rows else 128 * math.ceil(needed / 128)
+
+
+@dataclass(frozen=True)
+class ExtendedTensor(StoredTensor):
+    """An embedding or a head with rows for tokens that it never learned.
+
+    Rows that only fill it up are the mean of the old ones, a token like any other: at 0 they would have the logit 0,
+    which may be a high one.
+    """
+
+    stored: StoredTensor
+    new_rows: NewRows = field(compare=False)
+
+    @classmethod
+    def of(cls, stored: StoredTensor, rows: int, new_rows: NewRows) -> ExtendedTensor:
+        """A stored tensor brought to so many rows."""
+        return cls(stored.name, stored.dtype, (rows, *stored.shape[1:]), stored.path, stored, new_rows)
+
+    def read(self) -> Tensor:
+        """The tensor, in memory."""
+        return torch.cat(list(self.pieces()))
+
+    def pieces(self, size: int = 1 << 23) -> Iterator[Tensor]:
+        """The tensor in runs of rows, about `size` bytes each."""
+        old = self.stored.read()
+        made = {token: old[list(parts)].float().mean(0).to(old.dtype) for token, parts in self.new_rows.items()}
+        start, total = 0, torch.zeros(self.shape[1:], dtype=torch.float64)
+        for piece in self.stored.pieces(size):
+            total += piece.double().sum(0)
+            yield self._with(made, start, piece)
+            start += len(piece)
+        if start < self.shape[0]:
+            mean = (total / start).to(old.dtype)
+            yield self._with(made, start, mean.expand(self.shape[0] - start, -1))
+
+    @staticmethod
+    def _with(made: Mapping[int, Tensor], start: int, piece: Tensor) -> Tensor:
+        """A run of rows with the new ones among them."""
+        own = [token for token in made if start <= token < start + len(piece)]
+        if own:
+            piece = piece.clone(memory_format=torch.contiguous_format)
+            for token in own:
+                piece[token - start] = made[token]
+        return piece
 
 
 T = TypeVar("T", bound=TensorInfo)
@@ -341,7 +398,8 @@ def _write_shard(
     unfinished.replace(path)
 
 
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy tokenizer and generation config."""
-    for path in (path for pattern in COMPANIONS for path in source.glob(pattern) if path.is_file()):
+def copy_companions(source: Path, target: Path, tokenizer: bool = True) -> None:
+    """Copy tokenizer and generation config, or the latter alone."""
+    patterns = COMPANIONS if tokenizer else (GENERATION_CONFIG,)
+    for path in (path for pattern in patterns for path in source.glob(pattern) if path.is_file()):
         shutil.copyfile(path, target / path.name)

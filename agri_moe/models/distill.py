@@ -20,6 +20,7 @@ from agri_moe.data.logit_cache import (
     template_fingerprint,
     tokenizer_fingerprint,
 )
+from agri_moe.data.merged_tokens import MergedTokens
 from agri_moe.data.teacher_view import TeacherView
 from agri_moe.losses.attention import check_head_map
 from agri_moe.models.attention import check_readable
@@ -27,7 +28,7 @@ from agri_moe.models.base import LanguageModule
 from agri_moe.models.causal import CausalModel
 from agri_moe.models.checkpoint_files import load_config
 from agri_moe.models.sharding import shard_frozen
-from agri_moe.models.source import ModelConfig, StudentConfig, check_vocabulary, untrained_markers
+from agri_moe.models.source import ModelConfig, StudentConfig, check_vocabulary, untrained_tokens
 from agri_moe.models.upcycle import is_moe
 from agri_moe.objective import Batch, Objective, Plan
 from agri_moe.on_policy import OnPolicy, Sampled, check_on_policy, is_on_policy, sample_batch
@@ -97,16 +98,16 @@ class DistillModule(LanguageModule):
         if self.cache is not None:
             self._check_cache(self.cache, chat)
         elif self.teacher_config is not None and self.teacher_config.source is not None:
-            others.append((self.teacher_config.source, TEACHER))
+            others.append((self.teacher_config.source, TEACHER, self.teacher_chat(chat)))
             self.teacher_config.check()
         if self.uses_anchor:
             if self.anchor_source is None:
                 raise ValueError(
                     f"{ANCHOR} is missing: the student has no source for the anchor terms to compare with."
                 )
-            others.append((self.anchor_source, ANCHOR))
-        for source, key in others:
-            check_vocabulary(source, load_config(source, key), chat, key)
+            others.append((self.anchor_source, ANCHOR, chat))
+        for source, key, read in others:
+            check_vocabulary(source, load_config(source, key), read, key)
         if self.uses_anchor:
             self._check_anchor(student)
         for stage in self.stages:
@@ -177,16 +178,29 @@ class DistillModule(LanguageModule):
 
     @cached_property
     def teacher_view(self) -> TeacherView | None:
-        """How the teacher reads a row, for the data module; None if it reads the student's ids."""
+        """How the teacher reads a row, for the data module; None without one, or if it read just the student's ids."""
         config = self.teacher_config
         if config is None or not self.uses_teacher:
             return None
-        view = config.view if self.cache is None else self.cache.header.view
-        if view is None or view == "same":
-            return None
-        # The teacher itself may be out of reach of a run that reads a cache: its tokenizer lies there.
-        source = str(config.source) if self.cache is None else str(self.cache.folder / TOKENIZER)
-        return TeacherView(source, view, config.min_aligned)
+        if self.cache is None:
+            return TeacherView(str(config.source), config.view or "same", config.min_aligned)
+        # The teacher itself may be out of reach of a run that reads a cache: its tokenizer lies there, if it is needed.
+        source = self.cache.folder / TOKENIZER
+        return TeacherView(str(source), self.cache.header.view, config.min_aligned) if source.is_dir() else None
+
+    def own_view(self, chat: Chat) -> TeacherView | None:
+        """How the teacher reads a row, if not as the student does."""
+        return None if self.teacher_view is None else self.teacher_view.of(chat)
+
+    def merged_of(self, chat: Chat) -> MergedTokens | None:
+        """The student's tokens that join several of the teacher's pieces; None where the teacher has them too."""
+        view = self.own_view(chat)
+        return MergedTokens(chat.merged) if view is not None and view.lacks(chat) else None
+
+    def teacher_chat(self, chat: Chat) -> Chat:
+        """Tokens and markers as the teacher has them."""
+        view = self.own_view(chat)
+        return view.chat(chat.format) if view is not None and view.lacks(chat) else chat
 
     @property
     def _teacher_hf_config(self) -> PreTrainedConfig:
@@ -225,6 +239,11 @@ class DistillModule(LanguageModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if self.on_policy.share > 0 and not isinstance(data, ChatDataModule):
             raise ValueError("model.on_policy needs prompts to answer, which only ChatDataModule has; set share: 0.")
+        if not isinstance(data, ChatDataModule) and self.own_view(self.chat) is not None:
+            raise ValueError(
+                "model.teacher reads rows in other ids than the student, which only ChatDataModule has; use view: same "
+                "and, of documents, a tokenizer without merged tokens."
+            )
         if self.cache is None or stage == "predict":
             return
         splits = {"fit": ["validation"], "validate": ["validation"]}.get(stage, ["test"])
@@ -239,6 +258,7 @@ class DistillModule(LanguageModule):
         super().configure_model()
         if loaded:
             return
+        self.merged_tokens = self.merged_of(self.chat)
         # Past nn.Module's own __setattr__: as submodules they would be saved, trained and moved with us.
         teacher = self.teacher_config
         dtype = teacher.torch_dtype if teacher else torch.bfloat16
@@ -249,17 +269,21 @@ class DistillModule(LanguageModule):
             )
         elif self.uses_teacher:
             assert teacher is not None, "checked when the module was made"
-            frozen = self._load_frozen(str(teacher.source), dtype, "Teacher", teacher.quantization())
+            chat = self.teacher_chat(self.chat)
+            frozen = self._load_frozen(str(teacher.source), dtype, "Teacher", chat, teacher.quantization())
+            frozen.pieces = None if self.merged_tokens is None else self.merged_tokens.width
             object.__setattr__(self, "teacher", frozen)
         if self.uses_anchor:
-            object.__setattr__(self, "anchor", self._load_frozen(str(self.anchor_source), dtype, "Anchor"))
+            object.__setattr__(self, "anchor", self._load_frozen(str(self.anchor_source), dtype, "Anchor", self.chat))
 
-    def _load_frozen(self, source: str, dtype: torch.dtype, name: str, quantization: Any = None) -> OnlineTeacher:
+    def _load_frozen(
+        self, source: str, dtype: torch.dtype, name: str, chat: Chat, quantization: Any = None
+    ) -> OnlineTeacher:
         key = f"model.{name.lower()}"
         config = ModelConfig(source, attn_implementation=self.student_config.attn_implementation)
         device, mesh = self.trainer.strategy.root_device, self.device_mesh
-        pieces = None if mesh is None else config.in_pieces(key, self.chat, dtype)
-        hf = config.load(key, self.chat, dtype, quantization) if pieces is None else pieces.shape()
+        pieces = None if mesh is None else config.in_pieces(key, chat, dtype)
+        hf = config.load(key, chat, dtype, quantization) if pieces is None else pieces.shape()
         frozen = OnlineTeacher(CausalModel(hf))
         if mesh is not None:
             shard_frozen(frozen.model, mesh["data_parallel"])
@@ -316,7 +340,7 @@ class DistillModule(LanguageModule):
                 self.chat,
                 self.on_policy,
                 data.max_length,
-                self.teacher_view,
+                self.own_view(self.chat),
                 seed=hash((self.seed, progress.processed, self.global_rank)),
                 replicas=self.replicas,
             )
@@ -367,6 +391,6 @@ class DistillModule(LanguageModule):
 
 def head_rows(source: str | None, config: PreTrainedConfig, chat: Chat) -> int:
     """Rows of a model's head once `start_rows` has given it those of new markers."""
-    last = max(untrained_markers(source, chat), default=0) if source else 0
+    last = max(untrained_tokens(source, chat), default=0) if source else 0
     size: int = config.vocab_size
     return size if last < size else 128 * math.ceil((last + 1) / 128)

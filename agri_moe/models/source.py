@@ -47,20 +47,28 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
     return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 
-def untrained_markers(source: str, chat: Chat) -> dict[int, list[int]]:
-    """The markers that the model in `source` never learned: id -> ids of the plain-text pieces.
+def untrained_tokens(source: str, chat: Chat) -> dict[int, list[int]]:
+    """The markers and merged tokens that the model in `source` never learned: id -> ids of the plain-text pieces.
 
-    A marker that stands in the model's own tokenizer was learned. Where the folder has no tokenizer, those count as
+    One that stands in the model's own tokenizer was learned. Where the folder has no tokenizer, those markers count as
     new that the data's tokenizer lacked before they were added.
+
+    Raises:
+        ValueError: If there are merged tokens, and no tokenizer to tell whether the model has learned them.
     """
     tokenizer = load_tokenizer(source)
     if tokenizer is None:
+        if chat.merged:
+            raise ValueError(
+                f"{source} has no tokenizer.json, so that nobody knows whether it has learned the merged tokens of "
+                "data.tokenizer: put the model's own tokenizer in its folder."
+            )
         return chat.new_marker_pieces
-    known = tokenizer.get_added_vocab()
+    known = tokenizer.get_vocab()
     return {
         token: pieces
-        for token, pieces in chat.new_marker_pieces.items()
-        if known.get(chat.tokenizer.convert_ids_to_tokens(token)) != token
+        for token, pieces in chat.untrained_pieces.items()
+        if chat.tokenizer.convert_ids_to_tokens(token) not in known
     }
 
 
@@ -71,7 +79,7 @@ def check_vocabulary(source: str | None, config: PreTrainedConfig, chat: Chat, k
         ValueError: If its matrix is too small, or its own tokenizer gives a token another id.
     """
     tokens = chat.tokenizer.get_vocab()
-    new = set(chat.new_marker_pieces)
+    new = set(untrained_tokens(source, chat) if source else chat.new_marker_pieces)
     needed = 1 + max(i for i in tokens.values() if i not in new)
     if config.vocab_size < needed:
         raise ValueError(
@@ -125,7 +133,7 @@ class ModelConfig:
     def load(
         self, key: str, chat: Chat, dtype: torch.dtype = torch.float32, quantization: Any = None
     ) -> PreTrainedModel:
-        """The model, whole, with rows for the chat's new markers; `quantization` is for one that is not trained."""
+        """The model, whole, with rows for the chat's new tokens; `quantization` is for one that is not trained."""
         attention = self.attn_implementation
         if self.source is None:
             config = self.hf_config(key, chat)
@@ -136,7 +144,7 @@ class ModelConfig:
             model.set_attn_implementation(attention)
         else:
             model = load_pretrained(self.source, dtype, quantization, attn_implementation=attention)
-        start_rows(model, untrained_markers(self.source, chat))
+        start_rows(model, untrained_tokens(self.source, chat))
         return model
 
     def in_pieces(self, key: str, chat: Chat, dtype: torch.dtype = torch.float32) -> "Pieces | None":
@@ -144,7 +152,7 @@ class ModelConfig:
         config = self.hf_config(key, chat)
         if self.source is None:
             return Pieces(config, dtype, self.attn_implementation)
-        new_rows = untrained_markers(self.source, chat)
+        new_rows = untrained_tokens(self.source, chat)
         if self._upcycles(key):
             assert self.upcycle is not None, "it upcycles"
             tensors = partial(upcycled_placed, self.source, self.upcycle)
@@ -170,7 +178,7 @@ class Pieces:
         dtype: Of its weights.
         attn_implementation: Attention kernel.
         tensors: Gives its weights; None draws them at random, as transformers does.
-        new_rows: Markers that it never learned, with their pieces.
+        new_rows: Markers and merged tokens that it never learned, with their pieces.
     """
 
     config: PreTrainedConfig

@@ -18,7 +18,7 @@ import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -44,10 +44,15 @@ from transformers.initialization import no_init_weights
 from agri_moe.models.checkpoint_files import (
     CONFIG,
     DTYPES,
+    EMBEDDING,
+    HEAD,
+    ExtendedTensor,
+    NewRows,
     StoredTensor,
     TensorInfo,
     checkpoint_folder,
     copy_companions,
+    grown,
     load_config,
     new_checkpoint,
     read_json,
@@ -130,9 +135,9 @@ _FUSED: dict[Part, str] = {
     "router": "model.layers.{l}.mlp.gate.weight",
 }
 _SAME_IN_ALL = (
-    "model.embed_tokens.weight",
+    EMBEDDING,
     "model.norm.weight",
-    "lm_head.weight",
+    HEAD,
     "model.layers.{l}.input_layernorm.weight",
     "model.layers.{l}.post_attention_layernorm.weight",
     *(f"model.layers.{{l}}.self_attn.{name}_proj.weight" for name in "qkvo"),
@@ -371,14 +376,21 @@ class Plan:
     shards: list[list[Entry]]
 
 
-def _plan(source: str | Path, spec: UpcycleSpec) -> Plan:
+def _plan(source: str | Path, spec: UpcycleSpec, new_rows: NewRows | None = None) -> Plan:
     """All that can be known, or refused, from configs and headers; the config before weights are fetched."""
     dense = load_config(checkpoint_folder(source, [CONFIG]), "source")
     config = moe_config(dense, spec)
     folder = checkpoint_folder(source)
     tensors = stored_tensors(folder)
+    if new_rows:
+        config.vocab_size = grown(config.vocab_size, new_rows)
+        for name in (EMBEDDING, HEAD):
+            if stored := tensors.get(name):
+                if list(stored.shape) != [dense.vocab_size, dense.hidden_size]:
+                    raise ValueError(f"{stored.path} holds {name} of shape {list(stored.shape)}, unlike its config.")
+                tensors[name] = ExtendedTensor.of(stored, config.vocab_size, new_rows)
     if config.tie_word_embeddings:  # stored by some checkpoints; the embedding is what every reader uses
-        tensors.pop("lm_head.weight", None)
+        tensors.pop(HEAD, None)
     targets = expected_tensors(config)
     shards: dict[float, list[Entry]] = defaultdict(list)
     for target in targets.values():
@@ -610,7 +622,15 @@ def stored_parts(model: PreTrainedModel) -> dict[str, Tensor]:
     return parts
 
 
-def upcycle(source: str | Path, output: str | Path, spec: UpcycleSpec, *, overwrite: bool = False) -> None:
+def upcycle(
+    source: str | Path,
+    output: str | Path,
+    spec: UpcycleSpec,
+    *,
+    new_rows: NewRows | None = None,
+    save_tokenizer: Callable[[Path], None] | None = None,
+    overwrite: bool = False,
+) -> None:
     """Write the upcycled checkpoint: one shard per layer, weights per expert, beside the source's tokenizer.
 
     The folder appears under its name only when it is complete; until then it is `OUTPUT.partial`. Run again
@@ -621,6 +641,9 @@ def upcycle(source: str | Path, output: str | Path, spec: UpcycleSpec, *, overwr
         source: Folder or Hugging Face name of a dense checkpoint in safetensors.
         output: Folder to write; it must not exist.
         spec: How to upcycle.
+        new_rows: Id of each token that the source never learned -> ids of the tokens whose rows' mean its row is, in
+            embedding and head; both grow to a multiple of 128 rows where they must.
+        save_tokenizer: Writes the tokenizer that has these tokens into the folder, in place of the source's own.
         overwrite: Replace an existing model folder, once the new one is complete.
 
     Raises:
@@ -628,7 +651,7 @@ def upcycle(source: str | Path, output: str | Path, spec: UpcycleSpec, *, overwr
     """
     output = Path(output).expanduser().resolve()
     refuse_output(output, overwrite)
-    plan = _plan(source, spec)
+    plan = _plan(source, spec, new_rows)
     folder = plan.folder.resolve()
     if output == folder or output in folder.parents:
         raise ValueError(f"{output} holds the source: give another output folder.")
@@ -642,8 +665,12 @@ def upcycle(source: str | Path, output: str | Path, spec: UpcycleSpec, *, overwr
         "source_files": {path.name: {"bytes": s.st_size, "modified_ns": s.st_mtime_ns} for path, s in files.items()},
         "source_config": json.loads(plan.source.to_json_string(use_diff=False)),
     }
+    if new_rows:
+        provenance["new_rows"] = {str(token): list(pieces) for token, pieces in sorted(new_rows.items())}
     with new_checkpoint(output, provenance, overwrite=overwrite) as building:
         write_weights(building, plan.shards, partial(_pieces, spec=spec))
-        copy_companions(folder, building)
+        copy_companions(folder, building, tokenizer=save_tokenizer is None)
+        if save_tokenizer is not None:
+            save_tokenizer(building)
         plan.config.save_pretrained(building)
         write_moe_config(building)

@@ -41,6 +41,7 @@ class Validation(nn.Module):
 
     Attributes:
         groups: Where rows are sorted into groups, what is known of them; None elsewhere.
+        token_bytes: Bytes of text of each token by its id, on the device; None where they are not known.
     """
 
     routing: RoutingStatistics | None
@@ -55,6 +56,7 @@ class Validation(nn.Module):
         self.terms = nn.ModuleDict({name: TermMean() for name in terms})
         self.routing = RoutingStatistics(routers, experts) if routers else None
         self.groups: GroupRouting | None = None
+        self.token_bytes: Tensor | None = None
 
     # ------------------------------------------------------------------ a micro-batch
 
@@ -70,7 +72,8 @@ class Validation(nn.Module):
             chosen: For each layer the experts of each token [T, K], where rows are sorted into groups.
             taught: Whether there is a teacher to agree with.
         """
-        self.loss.update(read.nll_N, batch["segments"])
+        text_bytes = None if self.token_bytes is None else self.token_bytes[batch["targets"]]
+        self.loss.update(read.nll_N, batch["segments"], text_bytes)
         if taught:
             self.teacher.update(read.kl_M, read.agree_M)
         if routed is not None and self.routing is not None:
@@ -136,8 +139,9 @@ class Validation(nn.Module):
         by_segment = tokens_seen(self.loss)
         seen: dict[str, Tensor] = {name: tokens_seen(self._term(name)) for name in self.terms}
         for segment, tokens in zip(self.loss.segments, by_segment, strict=True):
-            seen |= dict.fromkeys((f"loss_{segment}", f"perplexity_{segment}"), tokens)
-        seen |= dict.fromkeys(("ce", "perplexity", "balanced_perplexity"), by_segment.sum())
+            names = (f"loss_{segment}", f"perplexity_{segment}", f"bits_per_byte_{segment}")
+            seen |= dict.fromkeys(names, tokens)
+        seen |= dict.fromkeys(("ce", "perplexity", "balanced_perplexity", "bits_per_byte"), by_segment.sum())
         seen |= dict.fromkeys(("kl", "agreement"), tokens_seen(self.teacher))
         if self.routing is not None:
             seen |= dict.fromkeys(("router_entropy", "balance_score", "dead_experts"), tokens_seen(self.routing))

@@ -45,7 +45,8 @@ def preview(
         raise ValueError("preview needs --config FILE, or --data FILE and --tokenizer DIR.")
     module = ChatDataModule(**options)
     module.check()
-    module.teacher_view = None if config is None else _teacher_view(config)
+    view = None if config is None else _teacher_view(config)
+    module.teacher_view = None if view is None else view.of(module.chat)
     train = module.read("train")
     _print_legend(color)
     _print_rows(module, train, rows, color)
@@ -73,17 +74,20 @@ def _section(path: str, name: str) -> Any:
 
 
 def _teacher_view(path: str) -> "TeacherView | None":
-    """How the teacher of a config reads the rows; None if as the student does, or if there is no teacher."""
+    """How the teacher of a config reads the rows; None if there is no teacher, or only what a cache has of it."""
     from agri_moe.data.teacher_view import TeacherView
 
     section = _section(path, "model")
     arguments = section.get("init_args", section) if isinstance(section, dict) else {}
     teacher = (arguments or {}).get("teacher")
-    if not isinstance(teacher, dict) or (teacher.get("view") or "same") == "same":
+    if not isinstance(teacher, dict):
         return None
-    if not teacher.get("source"):
-        raise ValueError(f"config {path}: model.teacher.view {teacher['view']} needs model.teacher.source.")
-    view = TeacherView(**{name: teacher[name] for name in ("source", "view", "min_aligned") if name in teacher})
+    given = {"view": "same"} | {k: v for k, v in teacher.items() if k in ("source", "view", "min_aligned") and v}
+    if "source" not in given:
+        if given["view"] == "same":
+            return None
+        raise ValueError(f"config {path}: model.teacher.view {given['view']} needs model.teacher.source.")
+    view = TeacherView(**given)
     view.check()
     return view
 

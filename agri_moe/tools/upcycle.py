@@ -13,6 +13,7 @@ def upcycle(
     granularity: int = 1,
     router_std: float = 0.02,
     seed: int = 0,
+    tokenizer: str | None = None,
     overwrite: bool = False,
 ) -> None:
     """Turn a dense checkpoint (Qwen3, Llama, Mistral) into a Mixture-of-Experts checkpoint.
@@ -33,16 +34,27 @@ def upcycle(
         granularity: Slices per FFN; num_experts and num_experts_per_tok are multiples of it.
         router_std: Standard deviation of the router's weights.
         seed: Seed of router, jitter and drop; the same seed gives the same bytes.
+        tokenizer: Folder that `tokens` wrote from the source's tokenizer: each new piece gets a row of embedding and
+            head, the mean of those of what it is made of. By default the source's own.
         overwrite: Replace an existing model folder, once the new one is complete.
     """
     from pathlib import Path
 
+    from agri_moe.data.chat import Chat
     from agri_moe.models.checkpoint_files import load_config
+    from agri_moe.models.source import check_vocabulary, untrained_tokens
     from agri_moe.models.upcycle import UpcycleSpec, count_parameters
     from agri_moe.models.upcycle import upcycle as write_upcycled
 
     spec = UpcycleSpec(num_experts, num_experts_per_tok, jitter, drop_ratio, granularity, router_std, seed)
-    write_upcycled(source, output, spec, overwrite=overwrite)
+    if tokenizer is None:
+        write_upcycled(source, output, spec, overwrite=overwrite)
+    else:
+        chat = Chat.load(tokenizer)
+        check_vocabulary(source, load_config(source, "source"), chat, "source")
+        new_rows = untrained_tokens(source, chat)
+        write_upcycled(source, output, spec, new_rows=new_rows, save_tokenizer=chat.save, overwrite=overwrite)
+        print(f"{len(new_rows):,} new rows of embedding and head, each the mean of what its token is made of.")
     total, active = count_parameters(load_config(Path(output).expanduser(), "output"))
     print(f"{output}: {total:,} parameters, {active:,} of them active per token.")
     print(f"Next: python main.py audit --student {output}")
