@@ -190,11 +190,12 @@ def test_new_rows_are_the_mean_of_their_pieces(home, chat):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_upcycle_writes_what_a_run_would_begin_with(home, chat, tmp_path, tied):
+def test_upcycle_writes_what_a_run_would_begin_with(home, chat, tmp_path, tied, capsys):
     source = _dense(tmp_path / "dense", home / "corpus", tie_word_embeddings=tied)
-    options = ["--num_experts", "4", "--tokenizer", str(home / "extended")]
+    jitter = "0" if tied else "0.01"  # without any, the audit asks for the source's own logits
+    options = ["--num_experts", "4", "--jitter", jitter, "--tokenizer", str(home / "extended")]
     main(["upcycle", "--source", str(source), "--output", str(tmp_path / "moe"), *options])
-    spec = UpcycleSpec(num_experts=4)
+    spec = UpcycleSpec(num_experts=4, jitter=float(jitter))
     ours = ModelConfig(str(source), spec).load("model.student", chat)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -213,7 +214,27 @@ def test_upcycle_writes_what_a_run_would_begin_with(home, chat, tmp_path, tied):
     assert tokenizer.encode(text, add_special_tokens=False) == chat.encode_text(text)
     assert Chat.load(str(tmp_path / "moe")).merged == chat.merged
     assert untrained_tokens(str(tmp_path / "moe"), chat) == {}
-    main(["audit", "--student", str(tmp_path / "moe"), "--source", str(source)])
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(row["advisory"] for row in make_rows(5, seed=9, split="validation")), encoding="utf-8")
+    main(["audit", "--student", str(tmp_path / "moe"), "--source", str(source), "--text", str(text)])
+    said = capsys.readouterr().out
+    told = [float(line.split()[-4]) for line in said.splitlines() if "bits per byte" in line]
+    lines = text.read_text().splitlines()
+    expected = [plain_bits(tmp_path / "moe", lines), plain_bits(source, lines)]
+    assert told == pytest.approx(expected, abs=2e-4)
+
+
+def plain_bits(folder: Path, lines: list[str]) -> float:
+    """A line at a time, through plain transformers."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    nats = 0.0
+    for line in lines:
+        ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer.encode(line, add_special_tokens=False)]])
+        with torch.no_grad():
+            nats += float(F.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="sum"))
+    return nats / math.log(2) / sum(len(line.encode()) for line in lines)
 
 
 def test_a_model_that_does_not_tell_its_tokenizer_is_refused(home, chat, tmp_path):

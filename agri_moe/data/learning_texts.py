@@ -81,6 +81,18 @@ def read_texts(
     )
 
 
+def read_lines(inputs: Sequence[str], key: str) -> list[str]:
+    """All lines of files of text, or of the texts of rows, in their order; `key` names the setting in messages.
+
+    Raises:
+        ValueError: In one sentence, for what cannot be read, or holds no line.
+    """
+    lines = list(_lines(inputs, key, None))
+    if not lines:
+        raise ValueError(f"{key} {', '.join(inputs)} has no text.")
+    return lines
+
+
 def _first(line: str, seen: set[str]) -> bool:
     """Whether a line is seen for the first time."""
     new = line not in seen

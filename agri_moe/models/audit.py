@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from agri_moe.data.chat import Chat
 from agri_moe.models.checkpoint_files import (
     CONFIG,
     DTYPES,
@@ -30,6 +31,7 @@ from agri_moe.models.checkpoint_files import (
     read_json,
     stored_tensors,
 )
+from agri_moe.models.text_loss import bits_per_byte
 from agri_moe.models.upcycle import Target, UpcycleSpec, count_parameters, expected_tensors, is_moe, moe_rows
 from agri_moe.trained import load_pretrained
 
@@ -72,13 +74,14 @@ class AuditReport:
         return "\n".join(lines)
 
 
-def audit(student: str | Path, source: str | Path | None = None) -> AuditReport:
+def audit(student: str | Path, source: str | Path | None = None, lines: Sequence[str] | None = None) -> AuditReport:
     """Check an upcycled checkpoint.
 
     Args:
         student: Folder or Hugging Face name of a Qwen3-MoE or Mixtral checkpoint in safetensors.
         source: The dense checkpoint that it came from; by default the one that `upcycle.json` names, if it is
             there.
+        lines: Text on which student and source are compared in bits per byte, each in its own tokens.
 
     Returns:
         The report. It fails on names, shapes, dtypes, non-finite values, and, where the checkpoint was
@@ -107,9 +110,16 @@ def audit(student: str | Path, source: str | Path | None = None) -> AuditReport:
     if report.failures:
         report.facts["logits"] = "not computed: the weights failed"
         return report
-    _check_logits(report, folder, config, dense, _tolerance(config, spec, identical))
+    # Of the tokens that the source knows: rows of new ones, if there are any, come after all others.
+    known = min(map(int, origin.get("new_rows", ())), default=config.vocab_size)
+    _check_logits(report, folder, config, dense, _tolerance(config, spec, identical), known)
     if dense is None and origin:
         report.warnings.append(f"the source {origin.get('source')} is not there: logits were not compared; give it.")
+    if lines is not None:
+        for name, model in (("student", folder), ("source", dense)):
+            if model is not None:
+                bits = bits_per_byte(_load(model), Chat.load(str(model)), lines)
+                report.facts[f"text, {name}"] = f"{bits:.4f} bits per byte"
     return report
 
 
@@ -312,10 +322,14 @@ def _tolerance(config: PreTrainedConfig, spec: UpcycleSpec | None, identical: bo
 
 
 def _check_logits(
-    report: AuditReport, folder: Path, config: PreTrainedConfig, dense: Path | None, tolerance: float | None
+    report: AuditReport,
+    folder: Path,
+    config: PreTrainedConfig,
+    dense: Path | None,
+    tolerance: float | None,
+    vocabulary: int,
 ) -> None:
-    """Run the student, and the source if there is one, on seeded random ids, one at a time."""
-    vocabulary = config.vocab_size
+    """Run the student, and the source if there is one, on seeded random ids below `vocabulary`, one at a time."""
     if dense is not None:
         vocabulary = min(vocabulary, load_config(dense, "source").vocab_size)
     ids_BT = torch.randint(vocabulary, (PROBE_ROWS, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
@@ -352,12 +366,17 @@ def _compare_logits(report: AuditReport, logits_NV: Tensor, source_NV: Tensor, t
 
 def _run(folder: Path, ids_BT: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Logits [N, V] of a checkpoint in float32 on the CPU, and each layer's router logits [N, E]."""
-    model = load_pretrained(folder, dtype="auto").eval()
-    _compute_in_float32(model)
+    model = _load(folder)
     routing = {"output_router_logits": True} if is_moe(model.config) else {}
     with torch.inference_mode():
         output = model(input_ids=ids_BT, use_cache=False, **routing)
     return output.logits.float().flatten(0, 1), list(getattr(output, "router_logits", None) or [])
+
+
+def _load(folder: Path) -> PreTrainedModel:
+    model = load_pretrained(folder, dtype="auto").eval()
+    _compute_in_float32(model)
+    return model
 
 
 def _compute_in_float32(model: PreTrainedModel) -> None:
