@@ -1,0 +1,366 @@
+"""What new Devanagari pieces are worth: the same student with Qwen's tokens, with 263 pieces more, and with 2,000.
+
+    python benchmarks/hindi_tokens.py [--seeds 3] [--output DIR]
+    python benchmarks/hindi_tokens.py --table                print what is there, train nothing
+
+Rows are real Hindi text, news and encyclopaedia passages (see real_text.py): a sentence is the scenario, the sentences
+after it are the advisory. A small dense Qwen3 is trained on one half of it in Qwen's tokens until its held-out loss
+falls no further, and so is a larger one, the teacher, on all of it. The dense model is then upcycled to four experts
+with each tokenizer, new rows starting as the mean of their pieces', and goes on with the other half: by cross-entropy
+alone, or with the teacher, who keeps its own tokens. Every arm sees the same text, in as many steps of as many bytes.
+
+263 pieces are what fits the free rows of Qwen3's embedding beside our four markers. Token ids are renumbered, see
+small_vocabulary.py; pieces are learned by `tokens` from the training rows.
+
+Times are CPU seconds of this process (one thread), so that other processes beside it do not count. A finished cell is
+a JSON file in DIR, as in ablation.py; started again, the script goes on.
+"""
+
+import argparse
+import gc
+import json
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import lightning
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from ablation import Plateau, build, quiet, qwen3, remember, result_file, trainer
+from ablation_table import markdown
+from loss_step import processor
+from measure import forget_peak, resident_mb
+from real_text import DATA, documents
+from small_vocabulary import read_cut, write_small_tokenizer
+from upcycling import shown
+
+from agri_moe.cli import main
+from agri_moe.data.chat import Chat, ChatFormat
+from agri_moe.data.chat_data import ChatDataModule
+from agri_moe.models.base import LanguageModule
+from agri_moe.models.source import ModelConfig
+from agri_moe.models.text_loss import bits_per_byte
+
+OUTPUT = Path(__file__).parent / "output" / "hindi_tokens"
+FORMAT = ChatFormat(default_system="आगे लिखिए।")
+TOKENIZERS = {"qwen": 0, "free_rows": 263, "2000": 2000}
+"""Name -> new pieces."""
+ARMS = ("ce", "ce+kl")
+DOMAINS = ("news_hi", "passages_hi")
+PARTS = ("first", "second", "validation")
+ANSWER_BYTES = 900  # of an advisory, at least, where there is as much
+ANSWERS = 8  # advisories that are written
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Everything that the table depends on, apart from arms and seeds."""
+
+    width: int = 96
+    inner: int = 288
+    layers: int = 2
+    teacher_width: int = 192
+    teacher_inner: int = 576
+    teacher_layers: int = 3
+    max_length: int = 1024  # in Qwen's tokens, as is the next
+    tokens_per_batch: int = 4096
+    dense_steps: int = 1500  # at most: both end at their plateau
+    dense_rate: float = 3e-3
+    check_every: int = 50
+    epochs: int = 6  # of the students
+    rate: float = 1e-3
+    kl_weight: float = 1.0
+
+
+def rows_of(part: str) -> list[dict[str, str]]:
+    """Scenario and advisory from every document of a part: a sentence, and those that follow it."""
+    rows = []
+    for document in documents(part):
+        if document["domain"] not in DOMAINS:
+            continue
+        passage = document["text"].split("\n")
+        lines = passage if document["domain"] == "news_hi" else passage[:1]  # of passages, not the questions
+        sentences = [s.strip() for line in lines for s in re.split(r"(?<=[।?!])\s+", line) if s.strip()]
+        while len(sentences) > 1:
+            scenario, answer = sentences.pop(0), [sentences.pop(0)]
+            while sentences and len(" ".join(answer).encode()) < ANSWER_BYTES:
+                answer.append(sentences.pop(0))
+            rows.append({"scenario": scenario, "advisory": " ".join(answer)})
+    return rows
+
+
+class Hindi:
+    """The trainings.
+
+    Args:
+        setting: Models and steps.
+        output: Folder of rows, tokenizers, models and results.
+    """
+
+    def __init__(self, setting: Setting, output: Path) -> None:
+        if not DATA.is_dir():
+            raise SystemExit(f"error: {DATA} does not exist; set AGRI_MOE_DATA to the folder with the real text.")
+        self.setting, self.output = setting, output
+        output.mkdir(parents=True, exist_ok=True)
+        self.files = {part: output / f"{part}.parquet" for part in PARTS}
+        for part, file in self.files.items():
+            if not file.exists():
+                pq.write_table(pa.Table.from_pylist(rows_of(part)), file)
+
+    # ------------------------------------------------------------------ tokenizers and rows
+
+    @cached_property
+    def tokenizers(self) -> dict[str, Path]:
+        """Folder of each, made where it is not there."""
+        folders = {name: self.output / f"tokenizer_{name}" for name in TOKENIZERS}
+        base = folders["qwen"]
+        if not base.exists():
+            rows = [row for part in PARTS for row in pq.read_table(self.files[part]).to_pylist()]
+            partial = base.with_name(base.name + ".partial")
+            partial.mkdir(parents=True, exist_ok=True)
+            write_small_tokenizer(DATA / "qwen3-0.6b", partial, rows, FORMAT)
+            Chat.load(str(partial), FORMAT).save(partial)
+            partial.rename(base)
+        for name, pieces in TOKENIZERS.items():
+            if not folders[name].exists():
+                texts = [arg for part in ("first", "second") for arg in ("--input", str(self.files[part]))]
+                held_out = ["--validation", str(self.files["validation"])]
+                options = ["--source", str(base), "--pieces", str(pieces), "--output", str(folders[name])]
+                main(["tokens", *options, *texts, *held_out])
+        return folders
+
+    def tokens(self, tokenizer: str) -> float:
+        """Tokens of the training rows over those in Qwen's."""
+        chats = [Chat.load(str(self.tokenizers[name]), FORMAT) for name in (tokenizer, "qwen")]
+        rows = pq.read_table(self.files["second"]).to_pylist()
+        ours, base = (sum(len(chat.encode(row).input_ids) for row in rows) for chat in chats)
+        return ours / base
+
+    def data(self, tokenizer: str, train: Sequence[str], seed: int) -> ChatDataModule:
+        """Rows in one tokenizer; sequences hold as much text in any."""
+        share = self.tokens(tokenizer)
+        longest = 8 * round(self.setting.max_length * share / 8)
+        return ChatDataModule(
+            tokenizer=str(self.tokenizers[tokenizer]),
+            train=[str(self.files[part]) for part in train],
+            validation=str(self.files["validation"]),
+            format=FORMAT,
+            max_length=longest,
+            tokens_per_batch=longest * (self.setting.tokens_per_batch // self.setting.max_length),
+            bad_rows="skip",
+            seed=seed,
+            cache_dir=str(self.output / "cache"),
+        )
+
+    # ------------------------------------------------------------------ models
+
+    def pretrained(self, name: str) -> tuple[Path, dict[str, Any]]:
+        """The dense model, or the teacher, at its plateau in Qwen's tokens: its folder, and how its training went."""
+        setting = self.setting
+        shapes = {
+            "dense": qwen3(setting.width, setting.layers, setting.inner),
+            "teacher": qwen3(setting.teacher_width, setting.teacher_layers, setting.teacher_inner),
+        }
+        parts = {"dense": ["first"], "teacher": ["first", "second"]}
+        keys = ("max_length", "tokens_per_batch", "dense_steps", "dense_rate", "check_every")
+        config = {key: getattr(setting, key) for key in keys} | {"shape": shapes[name]}
+        folder = self.output / name
+
+        def train() -> dict[str, Any]:
+            lightning.seed_everything(0, verbose=False)
+            plateau = Plateau(patience=3)
+            module = build(
+                "pretrain.PretrainModule",
+                {
+                    "network": {"config": shapes[name]},
+                    "objective": {"ce": {"weight": 1.0, "segments": ["user", "assistant"]}},
+                    "learning_rate": setting.dense_rate,
+                    "optimizer": {"warmup_steps": 30, "schedule": "inverse_sqrt"},
+                },
+            )
+            checks = {"val_check_interval": setting.check_every, "check_val_every_n_epoch": None}
+            made = trainer(max_steps=setting.dense_steps, callbacks=[plateau], **checks)
+            made.fit(module, datamodule=self.data("qwen", parts[name], 0))
+            module.model.hf.load_state_dict(plateau.weights)
+            module.model.hf.save_pretrained(folder)
+            module.chat.save(folder)
+            return {"curve": plateau.curve, "steps": made.global_step}
+
+        return folder, remember(self.output, name, config, train)
+
+    def module(self, tokenizer: str, arm: str, seed: int) -> LanguageModule:
+        """A student before its training."""
+        student = {
+            "source": str(self.pretrained("dense")[0]),
+            "upcycle": {"num_experts": 4, "num_experts_per_tok": 2, "jitter": 0.01, "seed": seed},
+        }
+        common = {
+            "learning_rate": self.setting.rate,
+            "optimizer": {"warmup_steps": 20, "schedule": "cosine", "final_learning_rate": 0.1},
+        }
+        objective: dict[str, Any] = {"ce": {"weight": 1.0}, "balance": {"weight": 0.01}}
+        if arm == "ce":
+            return build("pretrain.PretrainModule", {"network": student, "objective": objective} | common)
+        objective["kl"] = {"weight": self.setting.kl_weight}
+        teacher = {"source": str(self.pretrained("teacher")[0]), "dtype": "float32"}
+        options = {"student": student, "teacher": teacher, "objective": objective}
+        return build("distill.DistillModule", options | common)
+
+    # ------------------------------------------------------------------ cells
+
+    def cell(self, tokenizer: str, arm: str, seed: int) -> dict[str, Any]:
+        """Train one student: what it comes to, and what that costs."""
+
+        def train() -> dict[str, Any]:
+            data, module = self.data(tokenizer, ["second"], seed), self.module(tokenizer, arm, seed)
+            lightning.seed_everything(seed, verbose=False)
+            data.setup("fit")
+            text = sum(len(row["advisory"].encode()) for row in data.rows("train").table)
+            clock = Clock()
+            made = trainer(max_epochs=self.setting.epochs, callbacks=[clock])
+            made.fit(module, datamodule=data)
+            found = {name: float(value) for name, value in made.callback_metrics.items() if name.startswith("val/")}
+            return found | {
+                "steps": made.global_step,
+                "cpu_seconds_per_mb": clock.seconds / (self.setting.epochs * text / 1e6),
+                "peak_mb": clock.peak,
+                **self.writes(module, data),
+            }
+
+        return remember(self.output, f"{tokenizer}_{arm}_{seed}", self.config(tokenizer, arm, seed), train)
+
+    def writes(self, module: LanguageModule, data: ChatDataModule) -> dict[str, float]:
+        """CPU seconds and tokens of an advisory: as much text as the rows' own, greedily, one at a time."""
+        hf, table = module.model.hf.eval(), data.rows("validation").table
+        tokens, began = 0, time.process_time()
+        for row in (table[i] for i in range(ANSWERS)):
+            count = len(module.chat.encode_text(row["advisory"]))
+            prompt = torch.tensor([module.chat.encode_prompt(row["scenario"], thought=False)])
+            hf.generate(prompt, max_new_tokens=count, min_new_tokens=count, do_sample=False, use_cache=True)
+            tokens += count
+        return {
+            "cpu_seconds_per_advisory": (time.process_time() - began) / ANSWERS,
+            "tokens_per_advisory": tokens / ANSWERS,
+        }
+
+    def before(self, tokenizer: str) -> float:
+        """Bits per byte on held-out advisories before any training in these tokens, without experts."""
+        chat = Chat.load(str(self.tokenizers[tokenizer]), FORMAT)
+        model = ModelConfig(str(self.pretrained("dense")[0])).load("source", chat)
+        return bits_per_byte(
+            model, chat, [row["advisory"] for row in pq.read_table(self.files["validation"]).to_pylist()]
+        )
+
+    def config(self, tokenizer: str, arm: str, seed: int) -> dict[str, Any]:
+        """What a result depends on."""
+        return {"setting": asdict(self.setting), "pieces": TOKENIZERS[tokenizer], "arm": arm, "seed": seed}
+
+    def results(self, seeds: int) -> dict[tuple[str, str], list[dict[str, Any]]]:
+        """What is finished: tokenizer and arm -> results, seed by seed."""
+        found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for tokenizer in TOKENIZERS:
+            for arm in ARMS:
+                names = [(f"{tokenizer}_{arm}_{seed}", self.config(tokenizer, arm, seed)) for seed in range(seeds)]
+                files = [path for name, config in names if (path := result_file(self.output, name, config)).exists()]
+                if files:
+                    found[tokenizer, arm] = [json.loads(path.read_text("utf-8"))["result"] for path in files]
+        return found
+
+
+class Clock(lightning.Callback):
+    """CPU seconds of the training steps alone, and how far memory rises above what is there when they begin."""
+
+    seconds = 0.0
+    peak = 0.0
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Begin."""
+        gc.collect()
+        forget_peak()
+        self._before, self._began = resident_mb("VmRSS"), time.process_time()
+
+    def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Stand still."""
+        self.seconds += time.process_time() - self._began
+        self.peak = max(self.peak, resident_mb("VmHWM") - self._before)
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Go on."""
+        forget_peak()
+        self._began = time.process_time()
+
+
+COLUMNS = (
+    ("bits per byte", "val/bits_per_byte", 4),
+    ("KL", "val/kl", 3),
+    ("CPU s / MB of advisories", "cpu_seconds_per_mb", 0),
+    ("peak MB", "peak_mb", 0),
+    ("tokens an advisory", "tokens_per_advisory", 0),
+    ("CPU s to write one", "cpu_seconds_per_advisory", 2),
+)
+
+
+def table(results: dict[tuple[str, str], list[dict[str, Any]]], before: dict[str, float]) -> str:
+    """Mean and spread over the seeds; bits per byte against Qwen's tokens in the same arm and seed too."""
+    rows = []
+    for (tokenizer, arm), cells in results.items():
+        row = [tokenizer, arm, f"{before[tokenizer]:.3f}"]
+        for i, (_, key, digits) in enumerate(COLUMNS):
+            row.append(shown([cell[key] for cell in cells], digits) if key in cells[0] else "")
+            if i == 0:
+                base = results.get(("qwen", arm), [])
+                changes = [100 * (cell[key] / other[key] - 1) for cell, other in zip(cells, base, strict=False)]
+                row.append(shown(changes, 1, "+") + " %" if changes and tokenizer != "qwen" else "")
+        rows.append(row)
+    head = ["tokens", "trained by", "before", COLUMNS[0][0], "against qwen", *(title for title, _, _ in COLUMNS[1:])]
+    return markdown(tuple(head), rows)
+
+
+def report(hindi: Hindi, seeds: int) -> str:
+    """The table, and what it was made of."""
+    setting, results = hindi.setting, hindi.results(seeds)
+    cut = read_cut(hindi.tokenizers["qwen"])
+    curves = {name: hindi.pretrained(name)[1] for name in ("dense", "teacher")}
+    shares = {name: hindi.tokens(name) for name in TOKENIZERS}
+    steps = {name: cells[0]["steps"] for (name, _), cells in results.items()}
+    said = ", ".join(f"{name} {one['curve'][-4][1]:.3f} after {one['steps']} steps" for name, one in curves.items())
+    lines = [
+        f"Qwen3 of {setting.layers} layers of {setting.width}, 4 experts, top-2; teacher of {setting.teacher_layers} "
+        f"layers of {setting.teacher_width}. {cut.kept:,} of {cut.whole:,} ids, renumbered. Loss before: {said}. "
+        f"{setting.epochs} epochs; steps: {steps}; tokens of the rows: "
+        f"{', '.join(f'{name} {share:.3f}' for name, share in shares.items())}. "
+        f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32.",
+        "",
+        table(results, {name: hindi.before(name) for name in TOKENIZERS}),
+    ]
+    text = "\n".join(lines)
+    (hindi.output / "table.md").write_text(text + "\n", "utf-8")
+    return text
+
+
+def run() -> None:
+    """Train what is missing; print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, help="of each student")
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--table", action="store_true", help="print what is finished, train nothing")
+    args = parser.parse_args()
+    quiet()
+    setting = replace(Setting(), epochs=args.epochs) if args.epochs else Setting()
+    hindi = Hindi(setting, args.output)
+    if not args.table:
+        for seed in range(args.seeds):
+            for tokenizer in TOKENIZERS:
+                for arm in ARMS:
+                    hindi.cell(tokenizer, arm, seed)
+    print(report(hindi, args.seeds))
+
+
+if __name__ == "__main__":
+    run()
