@@ -32,6 +32,7 @@ def test_there_are_configs():
         "layerwise.yaml",
         "compress_moe.yaml",
         "pretrain.yaml",
+        "hindi_tokens.yaml",
     }
 
 
