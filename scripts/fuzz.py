@@ -31,7 +31,7 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
-SHARE = {"chat": 34, "rows": 32, "parquet": 3, "cache": 5, "finder": 12, "table": 12, "config": 2}
+SHARE = {"chat": 34, "rows": 32, "parquet": 3, "cache": 5, "finder": 12, "table": 8, "config": 2, "pieces": 4}
 """Target -> percent of the inputs: some are ten times as quick as others."""
 INSTRUMENTED = ("agri_moe.data", "agri_moe.runs", "agri_moe.foreign_files", "agri_moe.cli")
 SECONDS_PER_INPUT = 20  # one that takes longer hangs
@@ -388,6 +388,20 @@ def fuzz_config(data: bytes) -> None:
         assert our_cause(error) is not None, repr(error)
 
 
+def fuzz_pieces(data: bytes) -> None:
+    """What new pieces of a tokenizer are said to be made of."""
+    from agri_moe.data.merges import PIECES_FILE, read_pieces, write_pieces
+
+    folder = empty("pieces")
+    (folder / PIECES_FILE).write_bytes(data)
+    with told():
+        pieces = read_pieces(folder)
+        assert list(pieces) == list(range(min(pieces), min(pieces) + len(pieces)))
+        assert all(len(made_of) > 1 and 0 <= min(made_of) <= max(made_of) < min(pieces) for made_of in pieces.values())
+        write_pieces(folder, pieces)
+        assert read_pieces(folder) == pieces
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "chat": fuzz_chat,
     "rows": fuzz_rows,
@@ -396,9 +410,11 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "finder": fuzz_finder,
     "table": fuzz_table,
     "config": fuzz_config,
+    "pieces": fuzz_pieces,
 }
 
 ROW = json.dumps({"scenario": {"crop": "धान"}, "advisory": "सलाह", "thought": "</think> <|end", "text": "x"}).encode()
+PIECES = b'{"format": 1, "pieces": {"8": [1, 2], "9": [1, 2, 6]}}'
 SEEDS: dict[str, list[bytes]] = {
     "chat": ["फसल: धान\0सलाह\0सोच\0निर्देश".encode(), b"\x0e\x12\0\x11a\0\x15", b"a\0b\0\0\0crop\0rice\0soil\0clay"],
     "rows": [
@@ -418,6 +434,7 @@ SEEDS: dict[str, list[bytes]] = {
         b"stages:\n- {steps: 3, freeze: [mlp]}\nupcycle: {num_experts: 4}\noptimizer: {name: adafactor}\n",
         b"objective: {class_path: os.system, init_args: {command: ls}}\n",
     ],
+    "pieces": [PIECES, PIECES.replace(b"9", b"7"), PIECES.replace(b"6", b"-6"), PIECES.replace(b"[1, 2]", b"[[]]")],
 }
 
 

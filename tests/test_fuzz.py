@@ -65,3 +65,9 @@ def test_a_table_is_read_or_refused(data: bytes) -> None:
 @given(data=inputs)
 def test_a_config_is_parsed_or_refused_in_one_sentence(data: bytes) -> None:
     TARGETS["config"](data)
+
+
+@little
+@given(data=inputs)
+def test_a_table_of_pieces_is_read_or_refused(data: bytes) -> None:
+    TARGETS["pieces"](data)

@@ -94,7 +94,7 @@ def test_every_example_works_as_printed(workplace, capsys, monkeypatch):
     assert json.loads((run / "run.json").read_text())["status"] == "finished"
     assert json.loads((run / "evaluation.json").read_text())["rows"]["answered"] == 4
     assert len((run / "predictions.jsonl").read_text().splitlines()) == 4
-    made = ("student", "compressed", "teacher_cache", "similarity", "advisor", "corpus")
+    made = ("hindi_tokens", "student", "compressed", "teacher_cache", "similarity", "advisor", "corpus")
     assert all((workplace / name).is_dir() for name in made)
     assert (run / "report" / "index.html").exists()
 

@@ -89,6 +89,7 @@ class MergeLearner:
         merges: In the order in which they are to be applied.
         pieces: Id of each new piece -> ids of the old pieces that it is made of.
         bytes: Id -> bytes, of old and new pieces.
+        words: The words given, in their order, in the pieces that they are in now.
     """
 
     def __init__(
@@ -103,13 +104,13 @@ class MergeLearner:
         self.bytes = dict(piece_bytes)
         self._first_id = first_id
         self._allowed = allowed
-        self._words, self._weights = list(words), list(words.values())
+        self.words, self._weights = list(words), list(words.values())
         self._known = set(self.bytes.values())
         self._counts: Counter[Pair] = Counter()
         self._places: defaultdict[Pair, set[int]] = defaultdict(set)
         self._heap: list[tuple[int, bytes, bytes, Pair]] = []
         self._refused: dict[Pair, bool] = {}
-        for place in range(len(self._words)):
+        for place in range(len(self.words)):
             self._count(place, 1)
         for pair in self._counts:
             self._offer(pair)
@@ -137,7 +138,7 @@ class MergeLearner:
         changed: set[Pair] = set()
         for place in list(self._places[pair]):
             changed |= self._count(place, -1)
-            self._words[place] = _joined(self._words[place], pair, piece)
+            self.words[place] = _joined(self.words[place], pair, piece)
             changed |= self._count(place, 1)
         for one in changed:
             self._offer(one)
@@ -145,7 +146,7 @@ class MergeLearner:
 
     def _count(self, place: int, sign: int) -> set[Pair]:
         """Counts the pairs of a word in (1) or out (-1), and returns them."""
-        pairs = list(itertools.pairwise(self._words[place]))
+        pairs = list(itertools.pairwise(self.words[place]))
         for pair in pairs:
             self._counts[pair] += sign * self._weights[place]
             if sign > 0:

@@ -256,8 +256,8 @@ def _said(report: dict[str, Any]) -> list[str]:
     lines += [
         f"  boundaries that the source does not share: {alone['count']:,} of {alone['of']:,}",
         f"  round trip exact: {trip['exact']:,} of {trip['of']:,} lines",
-        f"unchanged: English and code, {same['english_and_code_tokens']:,} tokens, and {same['latin_words']:,} words of "
-        "the text in Latin letters",
+        f"unchanged: {same['english_and_code_tokens']:,} tokens of English and code, and "
+        f"{same['latin_words']:,} words of the text in Latin letters",
         "Most used new pieces:",
     ]
     for one in report["most_used"][:_SHOWN]:
