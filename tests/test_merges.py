@@ -172,7 +172,7 @@ def test_the_learner_cuts_words_as_the_tokenizer_does(source, lines):
     words = extension.words(dict.fromkeys(lines, 1))
     learner = MergeLearner(words, extension.piece_bytes, extension.first_id, piece_rule("Devanagari"))
     list(learner.learn(150))
-    built = extension.build(learner.merges, learner.bytes)
+    built = extension.build(learner)
     for old, new in zip(words, learner.words, strict=True):
         text = b"".join(extension.piece_bytes[i] for i in old)
         assert tuple(built.encode_text(text.decode())) == new

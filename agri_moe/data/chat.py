@@ -217,6 +217,10 @@ class Chat:
         (Path(folder) / FORMAT_FILE).write_text(text + "\n", "utf-8")
         if self.merged:
             write_pieces(folder, self.merged)
+            # TokenizersBackend, as version 5 writes, is unknown to transformers 4; both know this name of it.
+            config = Path(folder) / "tokenizer_config.json"
+            told = json.loads(config.read_text("utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+            config.write_text(json.dumps(told, ensure_ascii=False, indent=2) + "\n", "utf-8")
 
     @property
     def untrained_pieces(self) -> dict[int, list[int]]:

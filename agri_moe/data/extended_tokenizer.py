@@ -14,11 +14,11 @@ import itertools
 import json
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from agri_moe.data.merges import Merge, Word
+from agri_moe.data.merges import MergeLearner, Word
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -141,24 +141,19 @@ class Extension:
         normalizer = self._tokenizer.normalizer
         return text if normalizer is None else str(normalizer.normalize_str(text))
 
-    def build(self, merges: Sequence[Merge], piece_bytes: Mapping[int, bytes]) -> Chat:
-        """The tokenizer with new pieces, in the same chat format.
-
-        Args:
-            merges: In the order in which they are applied, after all old ones.
-            piece_bytes: Id -> bytes, of old and new pieces.
-        """
+    def build(self, learner: MergeLearner) -> Chat:
+        """The tokenizer with the pieces that were learned, in the same chat format."""
         from tokenizers import Tokenizer
         from transformers import PreTrainedTokenizerFast
 
         from agri_moe.data.chat import Chat
 
         old, model = self.chat.tokenizer, self._json["model"]
-        written = {i: "".join(self._char[byte] for byte in piece) for i, piece in piece_bytes.items()}
+        written = {i: "".join(self._char[byte] for byte in piece) for i, piece in learner.bytes.items()}
         # The library gives an added token that the model does not have the id after the model's last: with new pieces
         # in the model that would be another id than before.
-        vocab = model["vocab"] | old.get_added_vocab() | {written[merge.piece]: merge.piece for merge in merges}
-        joined = [[written[merge.left], written[merge.right]] for merge in merges]
+        vocab = model["vocab"] | old.get_added_vocab() | {written[merge.piece]: merge.piece for merge in learner.merges}
+        joined = [[written[merge.left], written[merge.right]] for merge in learner.merges]
         whole = self._json | {"model": model | {"vocab": vocab, "merges": model["merges"] + joined}}
         named = {name: getattr(old, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
         # A class of the model's own, as Qwen2Tokenizer, would split words by its own pattern whatever the file says.
@@ -168,7 +163,7 @@ class Extension:
             clean_up_tokenization_spaces=False,
             **{name: token for name, token in named.items() if token is not None},
         )
-        return Chat(tokenizer, self.chat.format)
+        return Chat(tokenizer, self.chat.format, learner.pieces)
 
 
 # ---- what it brings

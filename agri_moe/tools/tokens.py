@@ -138,20 +138,12 @@ def _new_folder(output: "Path", overwrite: bool) -> "AbstractContextManager[Path
 
 def _save(extension: "Extension", learner: "MergeLearner", folder: "Path") -> "Chat":
     """Writes the new tokenizer with its pieces, and reads it back; ValueError if a token has another id then."""
-    import json
-
     import transformers
 
     from agri_moe.data.chat import Chat
-    from agri_moe.data.merges import write_pieces
 
-    built = extension.build(learner.merges, learner.bytes)
+    built = extension.build(learner)
     built.save(folder)
-    write_pieces(folder, learner.pieces)
-    config = folder / "tokenizer_config.json"
-    # TokenizersBackend, as version 5 writes, is unknown to transformers 4; both know this name of it.
-    told = json.loads(config.read_text("utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    config.write_text(json.dumps(told, ensure_ascii=False, indent=2) + "\n", "utf-8")
     written = Chat.load(str(folder))
     expected = extension.chat.tokenizer.get_vocab().items() | built.tokenizer.get_vocab().items()
     if written.tokenizer.get_vocab().items() != expected:
