@@ -118,6 +118,32 @@ def test_use_as_a_library(folder, capsys):
     assert "perplexity times imbalance" in out
 
 
+def test_hindi_in_fewer_tokens(tmp_path, corpus, dense, teacher, monkeypatch, capsys):
+    """The page's commands, with as few pieces as so little text has, and two steps of the run."""
+    monkeypatch.chdir(tmp_path)
+    for source, name in ((dense, "Qwen3-0.6B"), (teacher, "Qwen3-14B")):
+        shutil.copytree(source, tmp_path / "Qwen" / name)
+    (tmp_path / "data").mkdir()
+    for split in ("train", "validation"):
+        shutil.copy(corpus / f"{split}.parquet", tmp_path / "data")
+    (block,) = BLOCK.finditer((ROOT / "docs" / "hindi_tokens.md").read_text())
+    lines = [shlex.split(line.replace("--pieces 263", "--pieces 60"))[2:] for line in block["text"].splitlines()]
+    assert [args[0] for args in lines] == ["tokens", "upcycle", "audit", "fit"]
+    for args in lines[:3]:
+        main(args)
+    assert capsys.readouterr().out.count("bits per byte") == 2
+    few = ["--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--trainer.accelerator=cpu"]
+    steps = ["--trainer.val_check_interval=2", "--trainer.accumulate_grad_batches=1", "--data.num_workers=0"]
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    cli = main([*lines[3], *few, *steps, f"--data.cache_dir={tmp_path / 'cache'}", "--trainer.log_every_n_steps=1"])
+    assert cli.trainer.global_step == 2
+    assert cli.model.merged_tokens is not None
+    assert cli.trainer.callback_metrics["val/bits_per_byte"].isfinite()
+    assert cli.datamodule.aligned_share > 0.9
+    main(["plan", "--config", "configs/hindi_tokens.yaml", *few[2:], "--data.num_workers=0"])
+    assert "fits" in capsys.readouterr().out
+
+
 def test_the_notebook_runs(tmp_path, monkeypatch):
     """With so few of its training steps that curves have two points."""
     nbclient = pytest.importorskip("nbclient")

@@ -84,10 +84,10 @@ class SampleAdvisories(lightning.Callback):
             return []
         if not isinstance(module.teacher, OnlineTeacher) or module.device_mesh is not None:
             return []
-        model, view = module.teacher.model, module.own_view(chat)
+        model, view, own = module.teacher.model, module.own_view(chat), module.teacher_chat(chat)
         if view is None or view.view == "same":
-            return self._answers(model, chat if view is None else view.chat(chat.format), rows)
-        return self._answers(model, ModelTemplate.load(model.hf, view.source, chat), rows)
+            return self._answers(model, own, rows)
+        return self._answers(model, ModelTemplate.load(model.hf, view.source, own), rows)
 
     @rank_zero_only
     def _log(self, trainer: lightning.Trainer, text: str, folder: Path) -> None:
