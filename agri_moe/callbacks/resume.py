@@ -144,6 +144,7 @@ class Checkpoint(ModelCheckpoint):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Look at the clock, and at what is saved already."""
+        self._meet(trainer)
         self._step, self._saved_at = trainer.global_step, time.monotonic()
         if self.file_exists(self._path(trainer), trainer):
             self._last_global_step_saved = trainer.global_step
@@ -152,8 +153,7 @@ class Checkpoint(ModelCheckpoint):
 
     def catch_up(self, trainer: lightning.Trainer) -> None:
         """Do the validation after the restored step, where it was cut off; before training, which may be at its end."""
-        if trainer.world_size > 1 and (self.signals is not None or self.every_n_minutes is not None):
-            self._group = dist.new_group(backend="gloo")  # between CPUs: no step waits for the device
+        self._meet(trainer)
         if not self._owed or self.validated in (None, trainer.global_step):
             return
         loop, results = trainer.fit_loop.epoch_loop.val_loop, trainer._logger_connector._first_loop_iter
@@ -213,6 +213,12 @@ class Checkpoint(ModelCheckpoint):
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._write(trainer)
         self._finish(trainer)
+
+    def _meet(self, trainer: lightning.Trainer) -> None:
+        """Make the group in which ranks agree when to save; on all ranks."""
+        asked = self.signals is not None or self.every_n_minutes is not None
+        if self._group is None and trainer.world_size > 1 and asked:
+            self._group = dist.new_group(backend="gloo")  # between CPUs: no step waits for the device
 
     def _agree(self, trainer: lightning.Trainer) -> tuple[int, bool]:
         """The signal that any rank has received, and whether the first rank's clock says that it is time to save."""
