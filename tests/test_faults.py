@@ -6,6 +6,7 @@ A short version of what `scripts/soak.py` does for as long as one likes.
 import json
 import os
 import random
+import subprocess
 import time
 from pathlib import Path
 
@@ -13,13 +14,16 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from agri_moe.data.packing import obey_the_parent_alone
 from agri_moe.runs import damage
 from tests.faults import (
+    CONTEXT,
     INT,
     KILL,
     TERM,
     USR1,
     Trial,
+    children,
     difference,
     fill,
     flip,
@@ -79,6 +83,47 @@ def test_told_to_stop_it_saves_once(trial, undisturbed, number, where, status, s
     assert not (trial.run / "lock.json").exists()
     assert json.loads((trial.run / "run.json").read_text())["status"] == "running"
     goes_on_as(trial, undisturbed)
+
+
+@pytest.mark.parametrize("number", [TERM, INT, USR1])
+def test_told_to_stop_with_its_workers_it_saves_all_the_same(number, trial, undisturbed):
+    """A terminal's Ctrl-C and SLURM tell every process, those that build batches too."""
+    workers = ["--data.num_workers=2"]
+    assert trial.send(number, "step 3", arguments=workers) == [128 + number], trial.said()
+    assert max(trial.checkpoints()) == "step=00000003.ckpt.complete"
+    assert trial.fit(*workers) == [0], trial.said()
+    assert difference(trial, undisturbed) == ""
+
+
+def test_workers_end_with_the_run(trial):
+    trial.pace(20.0)
+    processes = trial.start("--data.num_workers=2")
+    wait_for(lambda: trial.is_at("step 1"), processes)
+    workers = children(processes[0].pid)
+    assert len(workers) == 2
+    processes[0].kill()
+    join(processes)
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), [])
+
+
+def stuck(ready):
+    obey_the_parent_alone(0)
+    ready.set()
+    time.sleep(60)
+
+
+def test_a_worker_that_is_stuck_is_ended_by_its_parent_alone():
+    ready = CONTEXT.Event()
+    worker = CONTEXT.Process(target=stuck, args=(ready,))
+    worker.start()
+    assert ready.wait(60)
+    for number in ("TERM", "INT", "USR1"):
+        subprocess.run(["kill", f"-{number}", str(worker.pid)], check=True)
+    worker.join(0.5)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(30)
+    assert worker.exitcode == 0
 
 
 def test_under_slurm_it_saves_and_goes_back_in_the_queue(trial, undisturbed, tmp_path):
