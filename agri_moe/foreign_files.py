@@ -8,6 +8,7 @@ to import. A config that the user names is the user's own code, and none of this
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import io
 import pickle
@@ -118,9 +119,24 @@ def check_sharded(folder: Path, key: str) -> None:
         ) from error
 
 
-def _no_tensors(folder: Path) -> Iterator[tuple[Path, int, int]]:
-    """File, first byte and length of what a checkpoint holds that is no tensor; every file is inside the folder."""
-    from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
+def check_pieces(folder: Path) -> None:
+    """Refuse a sharded checkpoint, just saved, of which a piece is elsewhere.
+
+    Raises:
+        OSError: If its table names a file that is not there, as where each node has a disk of its own.
+    """
+    for info in _table(folder).storage_data.values():
+        if not (folder / str(info.relative_path)).exists():
+            raise FileNotFoundError(
+                errno.ENOENT,
+                f"{info.relative_path} of another rank is not there, and trainer.default_root_dir must be a folder "
+                "that all nodes share",
+            )
+
+
+def _table(folder: Path) -> Any:
+    """The table of a sharded checkpoint, no code of it run."""
+    from torch.distributed.checkpoint.metadata import Metadata
 
     content = (folder / TABLE).read_bytes()
     for operation, argument, _ in pickletools.genops(content):
@@ -129,6 +145,14 @@ def _no_tensors(folder: Path) -> Iterator[tuple[Path, int, int]]:
     table = _TableReader(io.BytesIO(content)).load()
     if not isinstance(table, Metadata) or not isinstance(table.storage_data, dict):
         raise ValueError("its table is none")
+    return table
+
+
+def _no_tensors(folder: Path) -> Iterator[tuple[Path, int, int]]:
+    """File, first byte and length of what a checkpoint holds that is no tensor; every file is inside the folder."""
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
+
+    table = _table(folder)
     tensors = {name for name, kind in table.state_dict_metadata.items() if isinstance(kind, TensorStorageMetadata)}
     others = {name for name, kind in table.state_dict_metadata.items() if type(kind) is BytesStorageMetadata}
     if tensors | others != table.state_dict_metadata.keys():

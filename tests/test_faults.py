@@ -177,6 +177,27 @@ def test_a_disk_that_fills_ends_it_in_one_sentence(tmp_path, models, undisturbed
         goes_on_as(trial, undisturbed)
 
 
+@pytest.mark.parametrize(
+    ("elsewhere", "why"),
+    [
+        (False, "Stale file handle"),
+        pytest.param(
+            True,
+            "__1_0.distcp of another rank is not there",
+            marks=pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a disk of its own"),
+        ),
+    ],
+)
+def test_a_save_that_fails_on_the_second_rank_alone_ends_both(elsewhere, why, models, tmp_path):
+    config = small_config(models, accumulate_grad_batches=1, **sharded(2))
+    config["trainer"]["callbacks"].append({"class_path": "killer.NoFolder", "init_args": {"elsewhere": elsewhere}})
+    trial = Trial(tmp_path / "trial", config)
+    assert join(trial.start(ranks=2), 90) == [2, 2], trial.said()
+    assert len(trial.sentences()) == 2
+    assert all(f"step=00000002.ckpt could not be saved, {why}" in said for said in trial.sentences())
+    assert trial.checkpoints() == set()
+
+
 def test_other_rows_under_the_same_name_are_refused(trial, models, tmp_path):
     rows = tmp_path / "rows.parquet"
     rows.write_bytes((models / "corpus" / "train.parquet").read_bytes())

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch.distributed.checkpoint.api import CheckpointException
 
 from agri_moe.callbacks.signals import Signals, Stopped, requeue
-from agri_moe.foreign_files import load_state
+from agri_moe.foreign_files import check_pieces, load_state
 from agri_moe.models.base import LanguageModule, parameter_counts
 from agri_moe.runs import (
     NO_ROOM,
@@ -251,6 +251,12 @@ class Checkpoint(ModelCheckpoint):
         if self._last_global_step_saved == trainer.global_step:
             return
         path, problem = self._path(trainer), ""
+        if in_pieces(trainer):  # which every rank writes: where one cannot, the others would wait for it in vain
+            try:
+                beside(path).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                problem = self._explain(path, error)
+            self._refuse_to_go_on(trainer, path, problem)
         try:
             super()._save_checkpoint(trainer, str(beside(path)))
         except (OSError, RuntimeError, CheckpointException) as error:
@@ -272,6 +278,8 @@ class Checkpoint(ModelCheckpoint):
                 if trainer.is_global_zero:
                     for logger in trainer.loggers:
                         logger.save()
+                    if in_pieces(trainer):
+                        check_pieces(beside(path))
                     commit(path)
                     self._delete_older(path)
             except OSError as error:
@@ -310,12 +318,20 @@ class Checkpoint(ModelCheckpoint):
         )
 
     def _refuse_to_go_on(self, trainer: lightning.Trainer, path: Path, problem: str) -> None:
-        """End the run on all ranks if saving has failed on the first."""
-        problem = trainer.strategy.broadcast(problem)
-        if problem:
+        """End the run on all ranks if saving has failed on one."""
+        problems = [problem]
+        if trainer.world_size > 1:
+            problems = [""] * trainer.world_size
+            dist.all_gather_object(problems, problem)
+        if any(problems):
             if trainer.is_global_zero:
                 remove_leftovers(path.parent)
-            raise ValueError(problem)
+            raise ValueError(next(filter(None, problems)))
+
+
+def in_pieces(trainer: lightning.Trainer) -> bool:
+    """Whether a checkpoint is a folder to which every rank adds its piece."""
+    return bool(getattr(trainer.strategy, "_save_distributed_checkpoint", False))
 
 
 class RunStatus(lightning.Callback):
