@@ -223,6 +223,27 @@ def test_of_two_at_the_same_moment_one_goes_on(trial, undisturbed):
     assert difference(trial, undisturbed) == ""
 
 
+@pytest.mark.parametrize(
+    ("where", "step", "pieces"), [("step 3", 2, {".partial"}), ("validation 8", 8, {"", ".complete"})]
+)
+def test_who_was_taken_over_in_a_save_or_at_its_end_writes_nothing_more(where, step, pieces, trial):
+    """It stood still, because of its disk for example: the run is somebody else's now, and what lies there theirs."""
+    trial.pace(3.0 if step == 2 else 0.5)
+    processes = trial.start()
+    assert wait_for(lambda: trial.is_at(where), processes)
+    theirs = json.dumps({"host": "elsewhere", "process": 1})
+    (trial.run / "lock.json").write_text(theirs)
+    before = trial.checkpoints()
+    assert {f"step={step:08d}.ckpt{end}" for end in pieces} <= before
+    assert join(processes) == [2], trial.said()
+    assert "was taken over by another process" in trial.sentences()[-1]
+    assert trial.checkpoints() == before
+    assert (trial.run / "lock.json").read_text() == theirs
+    run = json.loads((trial.run / "run.json").read_text())
+    assert run["status"] == "running"
+    assert run.get("validated", -1) < step
+
+
 def test_no_flipped_bit_and_no_cut_goes_unseen(undisturbed):
     """Of the checkpoint and of its checksums; sharded ones are in the test below."""
     checkpoint = undisturbed.run / "checkpoints" / "step=00000006.ckpt"

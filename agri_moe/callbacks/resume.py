@@ -85,6 +85,7 @@ class Checkpoint(ModelCheckpoint):
 
     Attributes:
         signals: What asks to stop; None without the command line.
+        lock: Of the run's folder, held by this process; None on other ranks, and without the command line.
         validated: The step after which the run's folder has a validation already; None lets `catch_up` do none.
     """
 
@@ -103,6 +104,7 @@ class Checkpoint(ModelCheckpoint):
         self.every_n_minutes = every_n_minutes
         self.keep = keep
         self.signals: Signals | None = None
+        self.lock: Lock | None = None
         self.validated: int | None = None
         self._group: dist.ProcessGroup | None = None
         self._written: Path | None = None  # not yet under its name
@@ -274,6 +276,8 @@ class Checkpoint(ModelCheckpoint):
         """Give the checkpoint its name, delete older ones, and stop if a signal came; on all ranks."""
         if self._written is not None:
             path, self._written, problem = self._written, None, ""
+            if self.lock is not None:
+                self.lock.check()  # the disk may have made this process stand still while it saved
             try:
                 if trainer.is_global_zero:
                     for logger in trainer.loggers:
@@ -296,7 +300,8 @@ class Checkpoint(ModelCheckpoint):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
         """What had been written when something else failed is whole: keep it."""
-        if self._written is not None and trainer.is_global_zero and storage_error(exception) is None:
+        ours = trainer.is_global_zero and (self.lock is None or self.lock.held())
+        if self._written is not None and ours and storage_error(exception) is None:
             commit(self._written)
         self._written = None
 
@@ -356,6 +361,8 @@ class RunStatus(lightning.Callback):
         """Note that the validation after this step is in the folder, for a run that goes on from this step."""
         if trainer.sanity_checking:
             return
+        if self.lock is not None:
+            self.lock.check()
         for logger in trainer.loggers:
             logger.save()
         self.run.write(validated=trainer.global_step)
@@ -377,6 +384,8 @@ class RunStatus(lightning.Callback):
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """The last word; not reached when training was interrupted or failed: the same command goes on then."""
         if not trainer.interrupted:
+            if self.lock is not None:
+                self.lock.check()
             self.run.write(status="finished", steps=trainer.global_step)
 
 
