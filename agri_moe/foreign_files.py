@@ -7,6 +7,8 @@ to import. A config that the user names is the user's own code, and none of this
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib
 import io
 import pickle
@@ -117,9 +119,24 @@ def check_sharded(folder: Path, key: str) -> None:
         ) from error
 
 
-def _no_tensors(folder: Path) -> Iterator[tuple[Path, int, int]]:
-    """File, first byte and length of what a checkpoint holds that is no tensor; every file is inside the folder."""
-    from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
+def check_pieces(folder: Path) -> None:
+    """Refuse a sharded checkpoint, just saved, of which a piece is elsewhere.
+
+    Raises:
+        OSError: If its table names a file that is not there, as where each node has a disk of its own.
+    """
+    for info in _table(folder).storage_data.values():
+        if not (folder / str(info.relative_path)).exists():
+            raise FileNotFoundError(
+                errno.ENOENT,
+                f"{info.relative_path} of another rank is not there, and trainer.default_root_dir must be a folder "
+                "that all nodes share",
+            )
+
+
+def _table(folder: Path) -> Any:
+    """The table of a sharded checkpoint, no code of it run."""
+    from torch.distributed.checkpoint.metadata import Metadata
 
     content = (folder / TABLE).read_bytes()
     for operation, argument, _ in pickletools.genops(content):
@@ -128,6 +145,14 @@ def _no_tensors(folder: Path) -> Iterator[tuple[Path, int, int]]:
     table = _TableReader(io.BytesIO(content)).load()
     if not isinstance(table, Metadata) or not isinstance(table.storage_data, dict):
         raise ValueError("its table is none")
+    return table
+
+
+def _no_tensors(folder: Path) -> Iterator[tuple[Path, int, int]]:
+    """File, first byte and length of what a checkpoint holds that is no tensor; every file is inside the folder."""
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
+
+    table = _table(folder)
     tensors = {name for name, kind in table.state_dict_metadata.items() if isinstance(kind, TensorStorageMetadata)}
     others = {name for name, kind in table.state_dict_metadata.items() if type(kind) is BytesStorageMetadata}
     if tensors | others != table.state_dict_metadata.keys():
@@ -163,13 +188,17 @@ def read_config(config: Path) -> dict[str, Any]:
 def check_found_config(config: Path) -> None:
     """Refuse a config that nobody has named, if parsing it would import anything but classes of `TRUSTED`.
 
-    Wherever a class is expected, jsonargparse imports the module that a string names.
+    Wherever a class is expected, jsonargparse imports the module that a string names; and it reads a string as YAML, or
+    the file that it names, before.
 
     Raises:
         ValueError: If it would, or is no config.
     """
     content = read_config(config)
-    named = next((name for name in _imported(content) if not _is_trusted(name)), None)
+    try:
+        named = next((name for name in _imported(content, config.parent) if not _is_trusted(name)), None)
+    except RecursionError:
+        named = "settings within settings without end"
     if "config" in content:
         named = "another config"
     if named is not None:
@@ -179,20 +208,40 @@ def check_found_config(config: Path) -> None:
         )
 
 
-def _imported(value: Any) -> Iterator[str]:
-    """The strings of a config that may be taken for the name of a class or function."""
+def _imported(value: Any, folder: Path) -> Iterator[str]:
+    """The strings of a config that may be taken for the name of a class or function, or of a file of settings.
+
+    Args:
+        value: The config, or a part of it.
+        folder: Where it lies: the names of files count from there too.
+    """
     if isinstance(value, str):
         if "." in value and all(part.strip().isidentifier() for part in value.split(".")):
             yield value
+        elif _is_file(value, folder):
+            yield f"the file {value}"
+        else:
+            with contextlib.suppress(yaml.YAMLError, ValueError):  # which is text, then
+                settings = yaml.safe_load(value)
+                if settings != value:
+                    yield from _imported(settings, folder)
     elif isinstance(value, dict):
         for key, part in value.items():
             if key == "class_path":
                 yield str(part)
             elif key not in _TEXT or not _is_text(part):
-                yield from _imported(part)
+                yield from _imported(part, folder)
     elif isinstance(value, list):
         for part in value:
-            yield from _imported(part)
+            yield from _imported(part, folder)
+
+
+def _is_file(value: str, folder: Path) -> bool:
+    """Whether jsonargparse could read settings from what this names."""
+    with contextlib.suppress(OSError, ValueError, RuntimeError):  # too long, no path, no such user's home
+        path = Path(re.sub("^file:///?", "/", value)).expanduser()
+        return any(place.exists() and not place.is_dir() for place in (path, folder / path))
+    return False
 
 
 def _is_text(value: Any) -> bool:

@@ -419,26 +419,28 @@ class Lock:
         Raises:
             ValueError: If one has, which it may where this one stood still for a minute.
         """
-        if not self._held():
+        if not self.held():
             raise ValueError(
                 f"{self.path.parent} was taken over by another process while this one stood still: it goes on there."
             )
 
-    def _held(self) -> bool:
+    def held(self) -> bool:
+        """Whether the run is still this process's."""
         with suppress(OSError, ValueError):
             return bool(json.loads(self.path.read_bytes()) == self._mine)
         return False
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_SECONDS):
-            with suppress(FileNotFoundError):  # released between the two
-                if self._held():
+            # Released between the two; or the disk cannot be reached, for once: the next beat may be in time.
+            with suppress(OSError):
+                if self.held():
                     os.utime(self.path)
 
     def release(self) -> None:
         """Let the next process in."""
         self._stop.set()
-        if self._held():
+        if self.held():
             self.path.unlink(missing_ok=True)
 
 

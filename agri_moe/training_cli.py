@@ -305,7 +305,7 @@ class TrainingCLI(LightningCLI):
         for callback in trainer.checkpoint_callbacks:
             callback.dirpath = str((run.folder / "checkpoints").absolute())
             if isinstance(callback, Checkpoint):
-                callback.signals, callback.validated = self.signals, validated
+                callback.signals, callback.lock, callback.validated = self.signals, self.lock, validated
         trainer.callbacks.append(RunStatus(run, self.lock))
         if checkpoint is not None:
             self.config_init["fit"]["ckpt_path"] = str(checkpoint)

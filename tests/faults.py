@@ -39,6 +39,7 @@ def _fit(arguments: list[str], log: Path, environment: dict[str, str]) -> None:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     os.environ.update(environment)
+    multiprocessing.set_start_method("fork", force=True)  # as `main.py` has it
     import torch
 
     torch.set_num_threads(1)
@@ -73,6 +74,11 @@ def join(processes: list[Any], patience: float = PATIENCE) -> list[int]:
             process.kill()
             raise AssertionError(f"process {process.pid} is stuck")
     return [process.exitcode for process in processes]
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def wait_for(what: Callable[[], Any], processes: list[Any], pause: float = 0.002) -> bool:
@@ -149,13 +155,17 @@ class Trial:
     def send(
         self, number: int, where: str, seconds: float = 0.2, arguments: list[str] | None = None, **options: Any
     ) -> list[int]:
-        """Begin it, or go on, send a signal to every rank when it is there, and the exit status of each."""
+        """Begin it, or go on, send a signal to every rank when it is there, and the exit status of each.
+
+        A rank's own processes are told first, as by a terminal's Ctrl-C or by SLURM.
+        """
         self.pace(seconds)
         processes = self.start(*(arguments or []), **options)
         found = wait_for(lambda: self.is_at(where), processes)
         for process in processes:
             if process.is_alive():
-                os.kill(process.pid, number)
+                for pid in [*children(process.pid), process.pid]:
+                    os.kill(pid, number)
         statuses = join(processes)
         self.pace(0.0)
         assert found, f"it never was at {where}:\n{self.said()}"

@@ -1,5 +1,7 @@
 """Callbacks for runs that are to be killed: sign posts for whoever kills them, and a record of the rows they saw."""
 
+import ctypes
+import errno
 import json
 import os
 import signal
@@ -76,3 +78,43 @@ class RowLog(lightning.Callback):
     ) -> None:
         rows = sorted(set(batch["row_ids"].flatten().tolist()) - {-1})
         self._add(self.path.with_name(f"{self.path.name}.{trainer.global_rank}"), step=trainer.global_step, rows=rows)
+
+
+class NoFolder(lightning.Callback):
+    """From now on the second rank can make no folder of a checkpoint: its node has lost the disk, say.
+
+    Args:
+        elsewhere: Whether it makes one of its own instead, which nobody else sees.
+    """
+
+    def __init__(self, elsewhere: bool = False):
+        self.elsewhere = elsewhere
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if trainer.global_rank != 1:
+            return
+        if self.elsewhere:
+            unshared_disk(Path(trainer.checkpoint_callback.dirpath))
+            return
+        made = Path.mkdir
+
+        def mkdir(path: Path, *args: Any, **kwargs: Any) -> None:
+            if path.name.endswith(".partial"):
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+            made(path, *args, **kwargs)
+
+        Path.mkdir = mkdir
+
+
+def unshared_disk(folder: Path) -> None:
+    """Mount a disk of this process's own over a folder; only root may."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    private = 0x40000 | 0x4000  # MS_PRIVATE | MS_REC
+    place = str(folder).encode()
+    for failed in (
+        libc.unshare(0x20000),  # CLONE_NEWNS
+        libc.mount(b"none", b"/", None, private, None),
+        libc.mount(b"tmpfs", place, b"tmpfs", 0, b"size=30m"),
+    ):
+        assert not failed, os.strerror(ctypes.get_errno())

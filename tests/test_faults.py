@@ -6,6 +6,7 @@ A short version of what `scripts/soak.py` does for as long as one likes.
 import json
 import os
 import random
+import subprocess
 import time
 from pathlib import Path
 
@@ -13,13 +14,16 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from agri_moe.data.packing import obey_the_parent_alone
 from agri_moe.runs import damage
 from tests.faults import (
+    CONTEXT,
     INT,
     KILL,
     TERM,
     USR1,
     Trial,
+    children,
     difference,
     fill,
     flip,
@@ -81,6 +85,47 @@ def test_told_to_stop_it_saves_once(trial, undisturbed, number, where, status, s
     goes_on_as(trial, undisturbed)
 
 
+@pytest.mark.parametrize("number", [TERM, INT, USR1])
+def test_told_to_stop_with_its_workers_it_saves_all_the_same(number, trial, undisturbed):
+    """A terminal's Ctrl-C and SLURM tell every process, those that build batches too."""
+    workers = ["--data.num_workers=2"]
+    assert trial.send(number, "step 3", arguments=workers) == [128 + number], trial.said()
+    assert max(trial.checkpoints()) == "step=00000003.ckpt.complete"
+    assert trial.fit(*workers) == [0], trial.said()
+    assert difference(trial, undisturbed) == ""
+
+
+def test_workers_end_with_the_run(trial):
+    trial.pace(20.0)
+    processes = trial.start("--data.num_workers=2")
+    wait_for(lambda: trial.is_at("step 1"), processes)
+    workers = children(processes[0].pid)
+    assert len(workers) == 2
+    processes[0].kill()
+    join(processes)
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), [])
+
+
+def stuck(ready):
+    obey_the_parent_alone(0)
+    ready.set()
+    time.sleep(60)
+
+
+def test_a_worker_that_is_stuck_is_ended_by_its_parent_alone():
+    ready = CONTEXT.Event()
+    worker = CONTEXT.Process(target=stuck, args=(ready,))
+    worker.start()
+    assert ready.wait(60)
+    for number in ("TERM", "INT", "USR1"):
+        subprocess.run(["kill", f"-{number}", str(worker.pid)], check=True)
+    worker.join(0.5)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(30)
+    assert worker.exitcode == 0
+
+
 def test_under_slurm_it_saves_and_goes_back_in_the_queue(trial, undisturbed, tmp_path):
     path = scheduler(tmp_path / "slurm")
     assert trial.send(USR1, "step 5", PATH=path, SLURM_JOB_ID="77") == [128 + USR1]
@@ -132,6 +177,27 @@ def test_a_disk_that_fills_ends_it_in_one_sentence(tmp_path, models, undisturbed
         goes_on_as(trial, undisturbed)
 
 
+@pytest.mark.parametrize(
+    ("elsewhere", "why"),
+    [
+        (False, "Stale file handle"),
+        pytest.param(
+            True,
+            "__1_0.distcp of another rank is not there",
+            marks=pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a disk of its own"),
+        ),
+    ],
+)
+def test_a_save_that_fails_on_the_second_rank_alone_ends_both(elsewhere, why, models, tmp_path):
+    config = small_config(models, accumulate_grad_batches=1, **sharded(2))
+    config["trainer"]["callbacks"].append({"class_path": "killer.NoFolder", "init_args": {"elsewhere": elsewhere}})
+    trial = Trial(tmp_path / "trial", config)
+    assert join(trial.start(ranks=2), 90) == [2, 2], trial.said()
+    assert len(trial.sentences()) == 2
+    assert all(f"step=00000002.ckpt could not be saved, {why}" in said for said in trial.sentences())
+    assert trial.checkpoints() == set()
+
+
 def test_other_rows_under_the_same_name_are_refused(trial, models, tmp_path):
     rows = tmp_path / "rows.parquet"
     rows.write_bytes((models / "corpus" / "train.parquet").read_bytes())
@@ -155,6 +221,27 @@ def test_of_two_at_the_same_moment_one_goes_on(trial, undisturbed):
     (sentence,) = trial.sentences()
     assert "is in use by process" in sentence
     assert difference(trial, undisturbed) == ""
+
+
+@pytest.mark.parametrize(
+    ("where", "step", "pieces"), [("step 3", 2, {".partial"}), ("validation 8", 8, {"", ".complete"})]
+)
+def test_who_was_taken_over_in_a_save_or_at_its_end_writes_nothing_more(where, step, pieces, trial):
+    """It stood still, because of its disk for example: the run is somebody else's now, and what lies there theirs."""
+    trial.pace(3.0 if step == 2 else 0.5)
+    processes = trial.start()
+    assert wait_for(lambda: trial.is_at(where), processes)
+    theirs = json.dumps({"host": "elsewhere", "process": 1})
+    (trial.run / "lock.json").write_text(theirs)
+    before = trial.checkpoints()
+    assert {f"step={step:08d}.ckpt{end}" for end in pieces} <= before
+    assert join(processes) == [2], trial.said()
+    assert "was taken over by another process" in trial.sentences()[-1]
+    assert trial.checkpoints() == before
+    assert (trial.run / "lock.json").read_text() == theirs
+    run = json.loads((trial.run / "run.json").read_text())
+    assert run["status"] == "running"
+    assert run.get("validated", -1) < step
 
 
 def test_no_flipped_bit_and_no_cut_goes_unseen(undisturbed):

@@ -210,6 +210,25 @@ def test_who_stood_still_and_was_taken_over_saves_nothing_more(tmp_path):
     assert json.loads((run.folder / "lock.json").read_text()) == theirs, "it is not ours to take away"
 
 
+def test_a_heart_that_missed_a_beat_goes_on(tmp_path, monkeypatch):
+    run, touched, beats = new_run(tmp_path, "x"), os.utime, []
+
+    def utime(path):
+        beats.append(path)
+        if len(beats) == 1:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        touched(path)
+
+    monkeypatch.setattr("agri_moe.runs.HEARTBEAT_SECONDS", 0.01)
+    monkeypatch.setattr("agri_moe.runs.os.utime", utime)
+    lock = Lock(run)
+    until = time.monotonic() + 5
+    while len(beats) < 3 and time.monotonic() < until:
+        time.sleep(0.01)
+    lock.release()
+    assert len(beats) >= 3
+
+
 @pytest.mark.parametrize("sharded", [False, True])
 def test_a_checkpoint_gets_its_name_when_it_is_whole(tmp_path, sharded):
     path = tmp_path / "step=00000001.ckpt"

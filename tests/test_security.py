@@ -324,6 +324,7 @@ def found(distill_config: Path, tmp_path: Path, canary: Path, monkeypatch: pytes
 
     def write(change: Any) -> Path:
         config = yaml.safe_load(distill_config.read_text())
+        config["trainer"]["default_root_dir"] = str(tmp_path)
         change(config)
         run.config.write_text(yaml.safe_dump(config))
         return run.config
@@ -352,7 +353,28 @@ HOSTILE_CONFIGS: dict[str, Any] = {
     ),
     "what a trusted module imports": lambda c: c["model"].update(class_path="agri_moe.runs.Thread.__init__"),
     "another config": lambda c: c.update(config="evil.yaml"),
+    # What jsonargparse reads out of a text, or out of the file of that name.
+    "a model written as text": lambda c: c.update(model=json.dumps(c["model"] | {"class_path": "evil_module.Mine"})),
+    "callbacks written as text": lambda c: c["trainer"].update(callbacks="[{class_path: evil_module.Mine}]"),
+    "a callback written as text": lambda c: c["trainer"].update(callbacks=['{"class_path": "evil_module.Mine"}']),
+    "names written as text": lambda c: c["trainer"].update(callbacks="[evil_module.Mine]"),
+    "an escaped text": lambda c: c.update(model='{"class\\u005fpath": "evil_module.Mine"}'),
+    "a text in a text": lambda c: c["trainer"].update(callbacks=json.dumps([json.dumps("evil_module.Mine")])),
+    "a file": lambda c: c.update(model=a_file(c, "model.yaml")),
+    "a file without a dot": lambda c: c.update(model=a_file(c, "model")),
+    "a file beside the config": lambda c: c.update(model=Path(a_file(c, "lightning_logs/version_0/model")).name),
+    "a file by its URL": lambda c: c.update(model=f"file://{a_file(c, 'model.yaml')}"),
+    "a file that takes the place of the trainer": lambda c: c.update(trainer=a_file(c, "trainer", "trainer")),
 }
+
+
+def a_file(config: Any, name: str, what: str = "model") -> str:
+    """A file with the hostile settings of a section."""
+    path = Path(config["trainer"]["default_root_dir"]) / name
+    hostile = {"class_path": "evil_module.Mine"}
+    content = config["model"] | hostile if what == "model" else {"callbacks": [hostile]}
+    path.write_text(yaml.safe_dump(content))
+    return str(path)
 
 
 @pytest.mark.parametrize("how", HOSTILE_CONFIGS)

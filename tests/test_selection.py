@@ -402,6 +402,31 @@ def test_columns_that_not_every_row_has(chosen, tmp_path):
     assert [found[group]["url"] for group in ("1", "(none)")] == ["u", None]
 
 
+def test_fields_deep_in_a_row_stand_in_the_same_order_for_any_order_of_rows(chosen, tmp_path):
+    one = {
+        "text": words(random.Random(1), 20),
+        "said": [{"role": "u", "content": "x"}],
+        "meta": {"in": {"b": 1, "a": 2}},
+    }
+    two = {
+        "text": words(random.Random(2), 20),
+        "said": [{"content": "y", "role": "a"}],
+        "meta": {"in": {"a": 3, "c": 4}},
+    }
+    outputs = []
+    for name, files in {"x": [[one, two]], "y": [[two, one]], "z": [[two], [one]]}.items():
+        paths = []
+        for i, rows in enumerate(files):
+            paths.append(tmp_path / f"{name}{i}.jsonl")
+            paths[-1].write_text("".join(json.dumps(row) + "\n" for row in rows))
+        outputs.append(chosen(paths, name, group_by=(), budget=2))
+    assert len({output.read_bytes() for output in outputs}) == 1
+    found = {row["text"]: row for row in pq.read_table(outputs[0]).to_pylist()}
+    assert found[one["text"]]["said"] == one["said"]
+    assert found[one["text"]]["meta"] == {"in": {"a": 2, "b": 1, "c": None}}
+    assert found[two["text"]]["meta"] == {"in": {"a": 3, "b": None, "c": 4}}
+
+
 def test_text_and_csv_files(chosen, tmp_path):
     lines = [words(random.Random(i), 12) for i in range(6)]
     (tmp_path / "lines.txt").write_text("\n".join(lines))

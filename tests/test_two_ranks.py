@@ -176,3 +176,41 @@ def test_two_stages_sharded_and_resumed_in_the_first(distill_config, tmp_path):
     for tag in ("train/ce", "train/kl", "train/gradient_norm", "train/stage", "val/ce", "val/kl"):
         assert [v for _, v in second[tag]] == pytest.approx([v for _, v in first[tag]], rel=2e-4), tag
         assert resumed[tag] == second[tag][-len(resumed[tag]) :], tag
+
+
+BY_THE_CLOCK = """
+import sys
+from datetime import timedelta
+
+import lightning
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from torch.utils.data import DataLoader, TensorDataset
+
+from agri_moe.callbacks.resume import Checkpoint
+
+
+class Line(lightning.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.line = torch.nn.Linear(4, 1)
+
+    def training_step(self, batch, index):
+        return self.line(batch[0]).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+trainer = lightning.Trainer(
+    accelerator="cpu", devices=2, strategy=DDPStrategy(timeout=timedelta(seconds=30)), max_steps=4, logger=False,
+    callbacks=[Checkpoint(every_n_steps=None, every_n_minutes=1e-6, keep=-1)], default_root_dir=sys.argv[1],
+)
+trainer.fit(Line(), DataLoader(TensorDataset(torch.randn(64, 4)), 4))
+"""
+
+
+def test_the_clock_of_a_trainer_of_ones_own_saves_on_all_ranks(tmp_path):
+    run_ranks(["-c", BY_THE_CLOCK, str(tmp_path)], 2)
+    saved = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert saved == {f"step=0000000{n}.ckpt{end}" for n in range(1, 5) for end in ("", ".complete")}

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch.distributed.checkpoint.api import CheckpointException
 
 from agri_moe.callbacks.signals import Signals, Stopped, requeue
-from agri_moe.foreign_files import load_state
+from agri_moe.foreign_files import check_pieces, load_state
 from agri_moe.models.base import LanguageModule, parameter_counts
 from agri_moe.runs import (
     NO_ROOM,
@@ -85,6 +85,7 @@ class Checkpoint(ModelCheckpoint):
 
     Attributes:
         signals: What asks to stop; None without the command line.
+        lock: Of the run's folder, held by this process; None on other ranks, and without the command line.
         validated: The step after which the run's folder has a validation already; None lets `catch_up` do none.
     """
 
@@ -103,6 +104,7 @@ class Checkpoint(ModelCheckpoint):
         self.every_n_minutes = every_n_minutes
         self.keep = keep
         self.signals: Signals | None = None
+        self.lock: Lock | None = None
         self.validated: int | None = None
         self._group: dist.ProcessGroup | None = None
         self._written: Path | None = None  # not yet under its name
@@ -144,6 +146,7 @@ class Checkpoint(ModelCheckpoint):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Look at the clock, and at what is saved already."""
+        self._meet(trainer)
         self._step, self._saved_at = trainer.global_step, time.monotonic()
         if self.file_exists(self._path(trainer), trainer):
             self._last_global_step_saved = trainer.global_step
@@ -152,8 +155,7 @@ class Checkpoint(ModelCheckpoint):
 
     def catch_up(self, trainer: lightning.Trainer) -> None:
         """Do the validation after the restored step, where it was cut off; before training, which may be at its end."""
-        if trainer.world_size > 1 and (self.signals is not None or self.every_n_minutes is not None):
-            self._group = dist.new_group(backend="gloo")  # between CPUs: no step waits for the device
+        self._meet(trainer)
         if not self._owed or self.validated in (None, trainer.global_step):
             return
         loop, results = trainer.fit_loop.epoch_loop.val_loop, trainer._logger_connector._first_loop_iter
@@ -214,6 +216,12 @@ class Checkpoint(ModelCheckpoint):
             self._write(trainer)
         self._finish(trainer)
 
+    def _meet(self, trainer: lightning.Trainer) -> None:
+        """Make the group in which ranks agree when to save; on all ranks."""
+        asked = self.signals is not None or self.every_n_minutes is not None
+        if self._group is None and trainer.world_size > 1 and asked:
+            self._group = dist.new_group(backend="gloo")  # between CPUs: no step waits for the device
+
     def _agree(self, trainer: lightning.Trainer) -> tuple[int, bool]:
         """The signal that any rank has received, and whether the first rank's clock says that it is time to save."""
         received = 0 if self.signals is None else self.signals.received
@@ -245,6 +253,12 @@ class Checkpoint(ModelCheckpoint):
         if self._last_global_step_saved == trainer.global_step:
             return
         path, problem = self._path(trainer), ""
+        if in_pieces(trainer):  # which every rank writes: where one cannot, the others would wait for it in vain
+            try:
+                beside(path).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                problem = self._explain(path, error)
+            self._refuse_to_go_on(trainer, path, problem)
         try:
             super()._save_checkpoint(trainer, str(beside(path)))
         except (OSError, RuntimeError, CheckpointException) as error:
@@ -262,10 +276,14 @@ class Checkpoint(ModelCheckpoint):
         """Give the checkpoint its name, delete older ones, and stop if a signal came; on all ranks."""
         if self._written is not None:
             path, self._written, problem = self._written, None, ""
+            if self.lock is not None:
+                self.lock.check()  # the disk may have made this process stand still while it saved
             try:
                 if trainer.is_global_zero:
                     for logger in trainer.loggers:
                         logger.save()
+                    if in_pieces(trainer):
+                        check_pieces(beside(path))
                     commit(path)
                     self._delete_older(path)
             except OSError as error:
@@ -282,7 +300,8 @@ class Checkpoint(ModelCheckpoint):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
         """What had been written when something else failed is whole: keep it."""
-        if self._written is not None and trainer.is_global_zero and storage_error(exception) is None:
+        ours = trainer.is_global_zero and (self.lock is None or self.lock.held())
+        if self._written is not None and ours and storage_error(exception) is None:
             commit(self._written)
         self._written = None
 
@@ -304,12 +323,20 @@ class Checkpoint(ModelCheckpoint):
         )
 
     def _refuse_to_go_on(self, trainer: lightning.Trainer, path: Path, problem: str) -> None:
-        """End the run on all ranks if saving has failed on the first."""
-        problem = trainer.strategy.broadcast(problem)
-        if problem:
+        """End the run on all ranks if saving has failed on one."""
+        problems = [problem]
+        if trainer.world_size > 1:
+            problems = [""] * trainer.world_size
+            dist.all_gather_object(problems, problem)
+        if any(problems):
             if trainer.is_global_zero:
                 remove_leftovers(path.parent)
-            raise ValueError(problem)
+            raise ValueError(next(filter(None, problems)))
+
+
+def in_pieces(trainer: lightning.Trainer) -> bool:
+    """Whether a checkpoint is a folder to which every rank adds its piece."""
+    return bool(getattr(trainer.strategy, "_save_distributed_checkpoint", False))
 
 
 class RunStatus(lightning.Callback):
@@ -334,6 +361,8 @@ class RunStatus(lightning.Callback):
         """Note that the validation after this step is in the folder, for a run that goes on from this step."""
         if trainer.sanity_checking:
             return
+        if self.lock is not None:
+            self.lock.check()
         for logger in trainer.loggers:
             logger.save()
         self.run.write(validated=trainer.global_step)
@@ -355,6 +384,8 @@ class RunStatus(lightning.Callback):
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """The last word; not reached when training was interrupted or failed: the same command goes on then."""
         if not trainer.interrupted:
+            if self.lock is not None:
+                self.lock.check()
             self.run.write(status="finished", steps=trainer.global_step)
 
 

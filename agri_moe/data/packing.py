@@ -13,6 +13,10 @@ from __future__ import annotations
 
 import bisect
 import functools
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -425,8 +429,36 @@ class _StepLoader(DataLoader[dict[str, Tensor]]):
 
 def step_loader(rows: PackedRows, sampler: Sampler[list[MicroBatch]], num_workers: int) -> DataLoader[Any]:
     """A DataLoader over planned micro-batches: the main process plans, workers build the tensors."""
-    pinned = torch.cuda.is_available()
-    return _StepLoader(rows, batch_sampler=sampler, collate_fn=_only, num_workers=num_workers, pin_memory=pinned)
+    return _StepLoader(
+        rows,
+        batch_sampler=sampler,
+        collate_fn=_only,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=obey_the_parent_alone,
+    )
+
+
+def obey_the_parent_alone(worker: int) -> None:
+    """Let signals end no process of a DataLoader but through the one that trains, which is to finish its step and save.
+
+    A terminal's Ctrl-C, SLURM and `kill -- -GROUP` tell every process of a run, and training fails when one that builds
+    batches ends.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # on Linux
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_the_parent, daemon=True).start()
+
+
+def _end_with_the_parent() -> None:
+    """SIGTERM is how the parent ends a worker that it waits for in vain."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "this is a worker"
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
+        pass
+    os._exit(0)
 
 
 def _only(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:

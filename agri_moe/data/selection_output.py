@@ -70,7 +70,7 @@ class Pieces:
         names = list(dict.fromkeys(name for row in rows for name in row if name not in ours))
         types = {} if self._schema is None else {field.name: field.type for field in self._schema}
         try:
-            arrays = [pa.array([row.get(name) for row in rows], types.get(name)) for name in names]
+            arrays = [_array([row.get(name) for row in rows], types.get(name)) for name in names]
         except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
             raise UnusableError(
                 f"{self._source.name}: a column cannot be written ({str(error).splitlines()[0]}): give it values of "
@@ -78,6 +78,27 @@ class Pieces:
             ) from error
         arrays += [pa.array([row[name] for row in rows], kind) for name, kind in ours.items()]
         return pa.table(arrays, names=[*names, *ours])
+
+
+def _array(values: list[Any], kind: Any | None) -> Any:
+    """Values of one type; where no file tells it, the order of rows must not decide in which order fields stand."""
+    import pyarrow as pa
+
+    array = pa.array(values, kind)
+    ordered = array.type if kind is not None else _by_name(array.type)
+    return array if ordered.equals(array.type) else pa.array(values, ordered)
+
+
+def _by_name(kind: Any) -> Any:
+    """The type with the fields of all its structs in the order of their names."""
+    import pyarrow as pa
+
+    if pa.types.is_struct(kind):
+        fields = [field.with_type(_by_name(field.type)) for field in kind]
+        return pa.struct(sorted(fields, key=lambda field: field.name))
+    if pa.types.is_list(kind):
+        return pa.list_(kind.value_field.with_type(_by_name(kind.value_type)))
+    return kind
 
 
 def _parquet_schema(source: Source) -> Any:
@@ -140,6 +161,8 @@ def output_schema(schemas: list[Any], shapes: list[dict[str, list[list[str]]]]) 
     fields = []
     for name in [*ordered("", set(unified.names) - {*ADDED, PLACE}), *ADDED]:
         field = unified.field(name)
+        if len({schema.field(name).type for schema in each if name in schema.names}) > 1:
+            field = field.with_type(_by_name(field.type))
         if pa.types.is_struct(field.type) and name in orders:
             by_name = {inner.name: inner for inner in field.type}
             field = field.with_type(pa.struct([by_name[inner] for inner in ordered(name, by_name)]))

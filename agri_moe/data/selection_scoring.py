@@ -56,6 +56,7 @@ def load_scorer(tokenizer: str | None, score: Score, model: str | None, device: 
     entropy = bigram_entropy if score == "bigram" else unigram_entropy
 
     def scores(texts: list[str]) -> tuple[Array, Array, Array]:
+        """Ids [N] uint32, tokens of each row [R], entropy of each [R] in nats; of at least one text."""
         ids = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
         lengths_R = np.array([len(row) for row in ids])
         ids_N = np.concatenate([np.array(row, np.uint32) for row in ids])
@@ -82,6 +83,7 @@ def _model_scorer(source: str, device: str, score: Score) -> Scorer:
 
     @torch.inference_mode()
     def score_row(ids: list[int]) -> float:
+        """Mean loss or entropy, in nats, over the row's tokens but the first; 0 for a row of fewer than two."""
         tokens = torch.tensor([ids[:_MODEL_TOKENS]], device=device)
         if tokens.shape[1] < 2:
             return 0.0
@@ -97,6 +99,7 @@ def _model_scorer(source: str, device: str, score: Score) -> Scorer:
         return total / len(hidden_TD)
 
     def scores(texts: list[str]) -> tuple[Array, Array, Array]:
+        """Ids [N] uint32, tokens of each row [R] before any are cut off, score of each [R] in nats."""
         ids = [chat.encode_text(text) for text in texts]
         lengths_R = np.array([len(row) for row in ids])
         ids_N = np.concatenate([np.array(row, np.uint32) for row in ids])

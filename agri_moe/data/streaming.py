@@ -42,6 +42,7 @@ from agri_moe.data.packing import (
     StepSampler,
     StepTotals,
     check_trainer,
+    obey_the_parent_alone,
     place_of,
     step_loader,
 )
@@ -340,6 +341,7 @@ class RowStream:
             num_workers=len(lanes) if self.num_workers else 0,
             prefetch_factor=_READ_AHEAD if self.num_workers else None,
             collate_fn=_as_is,
+            worker_init_fn=obey_the_parent_alone,
         )
         return Share(iter(loader), {i: spots[i] for i in own}, last)
 
