@@ -12,6 +12,7 @@ teacher's tokens.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Mapping, Sequence
 
@@ -36,26 +37,19 @@ class MergedTokens:
         assert ids == list(range(ids[0], ids[0] + len(ids))), "as `read_pieces` checks"
         self.width = ids[0]
         self.most = max(map(len, spelled))
-        order = sorted(range(len(ids)), key=spelled.__getitem__)
-        rank = [0] * len(ids)
-        for place, i in enumerate(order):
-            rank[i] = place
+        ordered = sorted(spelled)
+        rank = [bisect.bisect_left(ordered, pieces) for pieces in spelled]
         firsts = sorted({pieces[0] for pieces in spelled})
         group = {first: g for g, first in enumerate(firsts)}
         # After a token come, in the order of their pieces, all those that begin with its own, and then no more.
-        begin, end = [0] * len(ids), [0] * len(ids)
-        for place, i in enumerate(order):
-            own = spelled[i]
-            begin[i] = place
-            longer = itertools.takewhile(lambda j: spelled[j][: len(own)] == own, order[place:])  # noqa: B023
-            end[i] = place + sum(1 for _ in longer)
+        end = [bisect.bisect_right(ordered, pieces, key=lambda other: other[: len(pieces)]) for pieces in spelled]
         padded = [[*pieces, *[-1] * (self.most - len(pieces))] for pieces in spelled]
         self._fixed = {
             "merged_first": torch.tensor(firsts),
             "merged_group": torch.tensor([group[pieces[0]] for pieces in spelled]),
             "merged_rank": torch.tensor(rank),
         }
-        self._spans_N2 = torch.tensor([begin, end]).T.contiguous()
+        self._spans_N2 = torch.tensor([rank, end]).T.contiguous()
         self._pieces_NK = torch.tensor(padded)
 
     def pieces(self, tokens_M: Tensor) -> Tensor:
