@@ -571,8 +571,7 @@ def _over_pieces(
     grouped = group(log_p_RV, merged, scratch("pieces", teacher_RW))
     log_t_R2 = teacher_follows(None if teacher.sparse is not None else teacher_RW, merged)
     if teacher.sparse is not None:
-        own = teacher._replace(merged=None)
-        kl_R = _sparse_kl(grouped.log_q_RW, own, scratch("log_qt", teacher_RW), settings, differentiate)
+        kl_R = _sparse_kl(grouped.log_q_RW, teacher, scratch("log_qt", teacher_RW), settings, differentiate)
     else:
         spare_RW = student_RV[:, : merged.width]
         kl_R = _kl(grouped.log_q_RW, grouped.log_q_RW, teacher_RW, spare_RW, settings, scratch, differentiate)
