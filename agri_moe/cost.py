@@ -7,7 +7,7 @@ of d.
 import math
 from typing import NamedTuple
 
-from agri_moe.losses.logits import CHUNK_SIZE, CPU_BLOCK_ROWS
+from agri_moe.losses.logits import CHUNK_SIZE, cpu_block_rows
 
 PEAK_FLOPS = {"bf16": 989e12, "32": 67e12}
 """FLOP/s of an H100 SXM without sparsity (NVIDIA H100 data sheet): bfloat16 on tensor cores, and float32 off them, as
@@ -117,7 +117,7 @@ def loss_workspace(shape: LossShape, *, accelerator: bool) -> int:
     shared = min(vocabulary, teacher_vocabulary) if shape.taught else 0
     chunk, taught = min(CHUNK_SIZE, shape.rows), min(CHUNK_SIZE, shape.taught)
     logits = 4 * (chunk * vocabulary + taught * shared)
-    block = 1 if accelerator else CPU_BLOCK_ROWS / CHUNK_SIZE
+    block = 1 if accelerator else min(1, cpu_block_rows(vocabulary) / CHUNK_SIZE)
     again = shape.tempered or shared != vocabulary  # whether the student's logits are normalised a second time
     passes = int(block * 4 * (chunk * vocabulary + taught * shared * (1 + again)))
     size = shape.operand_size

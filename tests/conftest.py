@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,14 @@ def _rows(corpus: Path, tmp_path: Path) -> dict[str, Any]:
             "cache_dir": str(tmp_path / "cache"),
         },
     }
+
+
+@pytest.fixture(scope="module")
+def small_blocks() -> Iterator[None]:
+    """The logits of a few rows go through several blocks, as thousands of rows do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("agri_moe.losses.logits.CPU_BLOCK_LOGITS", 64)
+        yield
 
 
 @pytest.fixture

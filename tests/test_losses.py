@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from agri_moe.losses import LogitLoss, fused_ce_kl, token_statistics
 
+pytestmark = pytest.mark.usefixtures("small_blocks")
+
 DIVERGENCES = [("forward", 0.5), ("reverse", 0.5), ("jsd", 0.1), ("jsd", 0.5), ("jsd", 0.9)]
 
 

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 from agri_moe.losses import SparseTeacher, fused_ce_kl, token_statistics
 from tests.test_losses import Case
 
+pytestmark = pytest.mark.usefixtures("small_blocks")
+
 
 def teacher_probs(case: Case) -> Tensor:
     return (case.teacher_hidden @ case.teacher_head.T).double().softmax(-1)

@@ -22,8 +22,9 @@ from agri_moe.losses.sparse import SparseTeacher, sparse_kl
 # Rows whose logits are held at a time. The three constants were measured with the shapes of
 # benchmarks/loss_step.py on one thread of an AMD EPYC (Zen 4): 256 rows save 2% of the time.
 CHUNK_SIZE = 128
-# On CPU the passes over the logits go by blocks of this many rows; 1 to 32 are alike, 128 costs 2%.
-CPU_BLOCK_ROWS = 4
+# On CPU the passes over the logits go by blocks of rows with about this many of the student's, 6 rows of Qwen3's; 1 to
+# 32 rows are alike there, 128 cost 2%. Blocks of a few thousand logits cost three times as much as the passes do.
+CPU_BLOCK_LOGITS = 2**20
 # On CPU the logits' product goes by tiles of the vocabulary; 512 to 2048 are alike, untiled costs 8%.
 CPU_VOCABULARY_TILE = 1024
 
@@ -331,6 +332,11 @@ class _Rows(NamedTuple):
         )
 
 
+def cpu_block_rows(vocabulary: int) -> int:
+    """Rows that the passes over the logits take at a time on CPU; an accelerator takes a chunk: few, large kernels."""
+    return max(1, CPU_BLOCK_LOGITS // vocabulary)
+
+
 class _Chunk(NamedTuple):
     """The logits of some rows: views of buffers that the next chunk overwrites."""
 
@@ -339,12 +345,9 @@ class _Chunk(NamedTuple):
     teacher: Tensor  # [taught, W]: the first `taught` of those rows, over the shared prefix
 
     def blocks(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-        """Yield (rows of the call, student [R, V], teacher [R, W] or None), the taught rows first.
-
-        On an accelerator a block is as large as it can be: few and large kernels. On CPU it is a few rows, so
-        that it stays in the cache from one pass over the vocabulary to the next.
-        """
-        step = CPU_BLOCK_ROWS if self.student.device.type == "cpu" else max(1, len(self.student))
+        """Yield (rows of the call, student [R, V], teacher [R, W] or None), the taught rows first."""
+        rows, vocabulary = self.student.shape
+        step = max(1, rows) if self.student.device.type != "cpu" else cpu_block_rows(vocabulary)
         taught = len(self.teacher)
         for first, end in ((0, taught), (taught, len(self.student))):
             for i in range(first, end, step):

@@ -35,6 +35,7 @@ class Merged(NamedTuple):
 
     first_G: Tensor  # int64 in [0, W), distinct
     group_N: Tensor  # int64 in [0, G): which of these a token begins with
+    indicator_NG: Tensor  # float64: the same, one-hot
     rank_N: Tensor  # int64: its place in the order of their pieces
     next_first_M: Tensor  # int64 in [0, W): first piece of the token that follows
     begin_M: Tensor  # int64: ranks, from here ...
@@ -86,9 +87,8 @@ def group(log_p_RV: Tensor, merged: Merged, out_RW: Tensor) -> Grouped:
     own_RG = log_p_RV[:, merged.first_G].double()
     merged_RN = log_p_RV[:, width : width + count].double()
     top_R1 = torch.cat([own_RG, merged_RN], 1).amax(1, keepdim=True)
-    # A product with an indicator, not index_add_, which is not deterministic on CUDA.
-    indicator_NG = torch.nn.functional.one_hot(merged.group_N, len(merged.first_G)).double()
-    sums_RG = (own_RG - top_R1).exp() + (merged_RN - top_R1).exp() @ indicator_NG
+    # A product, not index_add_, which is not deterministic on CUDA.
+    sums_RG = (own_RG - top_R1).exp() + (merged_RN - top_R1).exp() @ merged.indicator_NG
     group_RG = sums_RG.log() + top_R1
     out_RW.copy_(log_p_RV[:, :width])
     out_RW[:, merged.first_G] = group_RG.to(out_RW.dtype)
