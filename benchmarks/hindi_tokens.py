@@ -1,6 +1,6 @@
 """What new Devanagari pieces are worth: the same student with Qwen's tokens, with 263 pieces more, and with 2,000.
 
-    python benchmarks/hindi_tokens.py [--seeds 3] [--output DIR]
+    python benchmarks/hindi_tokens.py [--seeds 3] [--workers 2] [--output DIR]
     python benchmarks/hindi_tokens.py --table                print what is there, train nothing
 
 Rows are real Hindi text, news and encyclopaedia passages (see real_text.py): a sentence is the scenario, the sentences
@@ -12,20 +12,24 @@ alone, or with the teacher, who keeps its own tokens. Every arm sees the same te
 263 pieces are what fits the free rows of Qwen3's embedding beside our four markers. Token ids are renumbered, see
 small_vocabulary.py; pieces are learned by `tokens` from the training rows.
 
-Times are CPU seconds of this process (one thread), so that other processes beside it do not count. A finished cell is
-a JSON file in DIR, as in ablation.py; started again, the script goes on.
+Each student is trained in a process of its own, on one thread: times are its CPU seconds, memory is how far its
+resident size rises once training begins. A finished cell is a JSON file in DIR, as in ablation.py; started again, the
+script goes on.
 """
 
 import argparse
 import gc
+import itertools
 import json
 import re
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning
 import pyarrow as pa
@@ -34,7 +38,7 @@ import torch
 from ablation import Plateau, build, quiet, qwen3, remember, result_file, trainer
 from ablation_table import markdown
 from loss_step import processor
-from measure import forget_peak, resident_mb
+from measure import forget_peak, give_back, resident_mb
 from real_text import DATA, documents
 from small_vocabulary import read_cut, write_small_tokenizer
 from upcycling import shown
@@ -55,6 +59,9 @@ DOMAINS = ("news_hi", "passages_hi")
 PARTS = ("first", "second", "validation")
 ANSWER_BYTES = 900  # of an advisory, at least, where there is as much
 ANSWERS = 8  # advisories that are written
+
+Cells = list[dict[str, Any]]
+"""Of one tokenizer and arm, seed by seed."""
 
 
 @dataclass(frozen=True)
@@ -260,9 +267,9 @@ class Hindi:
         """What a result depends on."""
         return {"setting": asdict(self.setting), "pieces": TOKENIZERS[tokenizer], "arm": arm, "seed": seed}
 
-    def results(self, seeds: int) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    def results(self, seeds: int) -> dict[tuple[str, str], Cells]:
         """What is finished: tokenizer and arm -> results, seed by seed."""
-        found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        found: dict[tuple[str, str], Cells] = {}
         for tokenizer in TOKENIZERS:
             for arm in ARMS:
                 names = [(f"{tokenizer}_{arm}_{seed}", self.config(tokenizer, arm, seed)) for seed in range(seeds)]
@@ -281,6 +288,7 @@ class Clock(lightning.Callback):
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Begin."""
         gc.collect()
+        give_back()
         forget_peak()
         self._before, self._began = resident_mb("VmRSS"), time.process_time()
 
@@ -295,29 +303,48 @@ class Clock(lightning.Callback):
         self._began = time.process_time()
 
 
+class Column(NamedTuple):
+    """A number of every student, and how it is set against the one with Qwen's tokens of the same arm and seed."""
+
+    title: str
+    key: str
+    digits: int
+    against: str = ""  # "%": more or less than its; "x": its over this one; else not
+
+    def compared(self, cells: Cells, base: Cells) -> str:
+        """Mean and spread over the seeds."""
+        pairs = [(cell[self.key], other[self.key]) for cell, other in zip(cells, base, strict=False)]
+        if not pairs:
+            return ""
+        if self.against == "%":
+            return shown([100 * (ours / theirs - 1) for ours, theirs in pairs], 1, "+") + " %"
+        return shown([theirs / ours for ours, theirs in pairs], 2) + "x"
+
+
 COLUMNS = (
-    ("bits per byte", "val/bits_per_byte", 4),
-    ("KL", "val/kl", 3),
-    ("CPU s / MB of advisories", "cpu_seconds_per_mb", 0),
-    ("peak MB", "peak_mb", 0),
-    ("tokens an advisory", "tokens_per_advisory", 0),
-    ("CPU s to write one", "cpu_seconds_per_advisory", 2),
+    Column("bits per byte", "val/bits_per_byte", 4, "%"),
+    Column("KL", "val/kl", 3),
+    Column("CPU s per MB of advisories", "cpu_seconds_per_mb", 0, "x"),
+    Column("CPU s to write one", "cpu_seconds_per_advisory", 2, "x"),
+    Column("tokens of one", "tokens_per_advisory", 0),
+    Column("MB", "peak_mb", 0),
 )
 
 
-def table(results: dict[tuple[str, str], list[dict[str, Any]]], before: dict[str, float]) -> str:
-    """Mean and spread over the seeds; bits per byte against Qwen's tokens in the same arm and seed too."""
+def table(results: dict[tuple[str, str], Cells], before: dict[str, float]) -> str:
+    """Mean and spread over the seeds."""
+    head = ["tokens", "trained by", "bits per byte before"]
+    for column in COLUMNS:
+        head += [column.title] + (["against Qwen's"] if column.against else [])
     rows = []
     for (tokenizer, arm), cells in results.items():
         row = [tokenizer, arm, f"{before[tokenizer]:.3f}"]
-        for i, (_, key, digits) in enumerate(COLUMNS):
-            row.append(shown([cell[key] for cell in cells], digits) if key in cells[0] else "")
-            if i == 0:
+        for column in COLUMNS:
+            row.append(shown([cell[column.key] for cell in cells], column.digits) if column.key in cells[0] else "")
+            if column.against:
                 base = results.get(("qwen", arm), [])
-                changes = [100 * (cell[key] / other[key] - 1) for cell, other in zip(cells, base, strict=False)]
-                row.append(shown(changes, 1, "+") + " %" if changes and tokenizer != "qwen" else "")
+                row.append(column.compared(cells, base) if tokenizer != "qwen" else "")
         rows.append(row)
-    head = ["tokens", "trained by", "before", COLUMNS[0][0], "against qwen", *(title for title, _, _ in COLUMNS[1:])]
     return markdown(tuple(head), rows)
 
 
@@ -328,10 +355,13 @@ def report(hindi: Hindi, seeds: int) -> str:
     curves = {name: hindi.pretrained(name)[1] for name in ("dense", "teacher")}
     shares = {name: hindi.tokens(name) for name in TOKENIZERS}
     steps = {name: cells[0]["steps"] for (name, _), cells in results.items()}
-    said = ", ".join(f"{name} {one['curve'][-4][1]:.3f} after {one['steps']} steps" for name, one in curves.items())
+    said = ", ".join(
+        f"{name} {min(loss for _, loss in one['curve']):.3f} after {one['steps']} steps" for name, one in curves.items()
+    )
     lines = [
         f"Qwen3 of {setting.layers} layers of {setting.width}, 4 experts, top-2; teacher of {setting.teacher_layers} "
-        f"layers of {setting.teacher_width}. {cut.kept:,} of {cut.whole:,} ids, renumbered. Loss before: {said}. "
+        f"layers of {setting.teacher_width}. {cut.kept:,} of {cut.whole:,} ids, renumbered. Loss before, in nats per "
+        f"token of Qwen's: {said}. "
         f"{setting.epochs} epochs; steps: {steps}; tokens of the rows: "
         f"{', '.join(f'{name} {share:.3f}' for name, share in shares.items())}. "
         f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32.",
@@ -343,22 +373,34 @@ def report(hindi: Hindi, seeds: int) -> str:
     return text
 
 
+def train_cell(setting: Setting, output: Path, *cell: Any) -> None:
+    """One student, in a process of its own."""
+    quiet()
+    torch.set_num_threads(1)
+    Hindi(setting, output).cell(*cell)
+
+
 def run() -> None:
     """Train what is missing; print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, help="of each student")
+    parser.add_argument("--workers", type=int, default=1, help="students that are trained at a time")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--table", action="store_true", help="print what is finished, train nothing")
     args = parser.parse_args()
     quiet()
+    torch.set_num_threads(1)
     setting = replace(Setting(), epochs=args.epochs) if args.epochs else Setting()
     hindi = Hindi(setting, args.output)
     if not args.table:
-        for seed in range(args.seeds):
-            for tokenizer in TOKENIZERS:
-                for arm in ARMS:
-                    hindi.cell(tokenizer, arm, seed)
+        for name in ("dense", "teacher"):
+            hindi.pretrained(name)
+        cells = itertools.product(range(args.seeds), TOKENIZERS, ARMS)
+        with ProcessPoolExecutor(args.workers, get_context("spawn"), max_tasks_per_child=1) as pool:
+            waiting = [pool.submit(train_cell, setting, args.output, name, arm, seed) for seed, name, arm in cells]
+            for one in waiting:
+                one.result()
     print(report(hindi, args.seeds))
 
 

@@ -5,6 +5,7 @@ taken round by round. Memory: a process of its own with a malloc that gives free
 resident size (VmHWM) of a second step; it is read from Linux's /proc and NaN elsewhere.
 """
 
+import ctypes
 import json
 import os
 import platform
@@ -112,6 +113,13 @@ def forget_peak() -> None:
     clear = Path("/proc/self/clear_refs")
     if clear.exists():
         clear.write_text("5")
+
+
+def give_back() -> None:
+    """Give the allocator's free pages back to the system, see malloc_trim(3); does nothing where libc is not glibc."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def peak_mb(step: Step) -> dict[str, float]:
