@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import yaml
 from conftest import _dense
 from test_cli import scalars
+from test_two_ranks import launch, sharded, write
 
 from agri_moe.cli import main
 from agri_moe.data.chat import Chat, Segment
@@ -202,13 +203,10 @@ def test_upcycle_writes_what_a_run_would_begin_with(home, chat, tmp_path, tied, 
     written = AutoModelForCausalLM.from_pretrained(tmp_path / "moe", dtype="auto")
     config = json.loads((tmp_path / "moe" / "config.json").read_text())
     assert config["vocab_size"] == written.get_input_embeddings().weight.shape[0] == ours.config.vocab_size
-    known = 1 + max(chat.merged)
     state = ours.state_dict()
     for name, tensor in written.state_dict().items():
-        rows = known if name in ("model.embed_tokens.weight", "lm_head.weight") else len(tensor)
-        assert torch.equal(tensor[:rows], state[name][:rows]), name
-    filled = written.get_input_embeddings().weight[known:]
-    assert torch.isfinite(filled).all()
+        assert torch.equal(tensor, state[name]), name
+    assert len(written.get_input_embeddings().weight) > 1 + max(chat.merged), "rows that fill the matrix up, too"
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "moe")
     text = "धान की फसल में झुलसा रोग"
     assert tokenizer.encode(text, add_special_tokens=False) == chat.encode_text(text)
@@ -456,6 +454,21 @@ def test_a_cached_teacher_teaches_the_same(home, config, tmp_path):
     online, cached = (scalars(tmp_path / "lightning_logs" / f"version_{i}") for i in (0, 1))
     assert cached["train/ce"] == online["train/ce"]
     assert cached["train/kl"][0][1] == pytest.approx(online["train/kl"][0][1], abs=2e-3)
+
+
+def test_two_sharded_ranks_train_as_one(config, tmp_path):
+    """New rows begin in pieces; each rank asks the teacher about the pieces of its own rows."""
+    settings = yaml.safe_load(config.read_text())
+    objective = {"ce": {"weight": 0.5}, "kl": {"weight": 1.0}, "balance": {"weight": 0.0}}  # sums over tokens
+    settings["model"]["init_args"] |= {"objective": objective, "learning_rate": 1e-3}
+    settings["trainer"] |= {"max_steps": 4, "val_check_interval": 4}
+    main(["fit", "--config", str(write(tmp_path / "one.yaml", settings, 3072))])
+    launch(write(tmp_path / "two.yaml", settings, 1536, **sharded(2)))
+    one, two = (scalars(tmp_path / name / "lightning_logs" / "version_0") for name in ("one", "two"))
+    for tag in ("train/ce", "train/kl", "val/ce", "val/kl", "val/bits_per_byte", "val/aligned"):
+        assert [step for step, _ in two[tag]] == [step for step, _ in one[tag]]
+        assert [v for _, v in two[tag]] == pytest.approx([v for _, v in one[tag]], rel=2e-4), tag
+    assert two["train/ce"][0][1] == pytest.approx(one["train/ce"][0][1], rel=1e-6), "the same rows to begin with"
 
 
 def test_documents_have_no_teacher_in_other_tokens(home, config, tmp_path, capsys):

@@ -268,16 +268,21 @@ def grow(model: PreTrainedModel, tokens: Collection[int]) -> None:
         model.resize_token_embeddings(max(tokens) + 1, pad_to_multiple_of=128, mean_resizing=False)
 
 
-def start_rows(model: PreTrainedModel, pieces: dict[int, list[int]]) -> None:
+def start_rows(model: PreTrainedModel, pieces: dict[int, list[int]], stored: int | None = None) -> None:
     """Start the embedding rows of new tokens as the mean of the rows of their plain-text pieces, in place.
+
+    Rows that only fill the matrix up start as the mean of all that are stored, see `ExtendedTensor`.
 
     Args:
         model: Its input embedding and, if untied, its head are changed; they grow where they must (see `grow`). Of a
             sharded model, which cannot grow, every rank must call this.
         pieces: Id of each new token -> ids of its pieces.
+        stored: Rows that the model had before it grew; by default all that it has now.
     """
     if not pieces:
         return
+    if stored is None:
+        stored = len(model.get_input_embeddings().weight)
     grow(model, pieces)
     matrices = [model.get_input_embeddings().weight]
     head = model.get_output_embeddings()
@@ -285,5 +290,9 @@ def start_rows(model: PreTrainedModel, pieces: dict[int, list[int]]) -> None:
         matrices.append(head.weight)
     with torch.no_grad():
         for weight_VD in matrices:
+            if len(weight_VD) > stored:
+                runs = torch.arange(stored).split(1 << 13)
+                mean_D = torch.stack([rows(weight_VD, run).double().sum(0) for run in runs]).sum(0) / stored
+                place(weight_VD, mean_D.expand(len(weight_VD) - stored, -1), (stored, 0))
             for token, parts in pieces.items():
                 place(weight_VD, rows(weight_VD, parts).float().mean(0), (token, 0))

@@ -139,9 +139,9 @@ def place(parameter: Tensor, values: Tensor, offset: Sequence[int] = ()) -> None
     piece.copy_(values)
 
 
-def rows(weight_VD: Tensor, ids: Sequence[int]) -> Tensor:
+def rows(weight_VD: Tensor, ids: Sequence[int] | Tensor) -> Tensor:
     """Rows of a matrix, whole on every rank; for a DTensor, every rank must ask."""
-    index = torch.tensor(ids, device=weight_VD.device)
+    index = torch.as_tensor(ids, device=weight_VD.device)
     if not isinstance(weight_VD, DTensor):
         return weight_VD[index]
     everywhere = DTensor.from_local(index, weight_VD.device_mesh, [Replicate()])

@@ -206,12 +206,8 @@ class Pieces:
         if self.tensors is None:
             hf.apply(partial(draw, hf))
             return
-        if hf.config.vocab_size > self.config.vocab_size:  # grown: nothing is stored for the rows that fill it up
-            draw(hf, hf.get_input_embeddings())
-            if hf.get_output_embeddings().weight is not hf.get_input_embeddings().weight:
-                draw(hf, hf.get_output_embeddings())
         fill(hf, self.tensors())
-        start_rows(hf, self.new_rows)
+        start_rows(hf, self.new_rows, stored=self.config.vocab_size)
 
 
 @dataclass
