@@ -2,12 +2,15 @@
 
     python benchmarks/hindi_tokens.py [--seeds 3] [--workers 2] [--output DIR]
     python benchmarks/hindi_tokens.py --table                print what is there, train nothing
+    python benchmarks/hindi_tokens.py --starts               how new rows can start, before any training
 
 Rows are real Hindi text, news and encyclopaedia passages (see real_text.py): a sentence is the scenario, the sentences
 after it are the advisory. A small dense Qwen3 is trained on one half of it in Qwen's tokens until its held-out loss
 falls no further, and so is a larger one, the teacher, on all of it. The dense model is then upcycled to four experts
 with each tokenizer, new rows starting as the mean of their pieces', and goes on with the other half: by cross-entropy
-alone, or with the teacher, who keeps its own tokens. Every arm sees the same text, in as many steps of as many bytes.
+alone, or with the teacher, who keeps its own tokens: at hand, or from a cache of its answers (`cache`, 64 tokens at a
+position), which is not counted into the training's time. Every arm sees the same text, in as many steps of as many
+bytes.
 
 263 pieces are what fits the free rows of Qwen3's embedding beside our four markers. Token ids are renumbered, see
 small_vocabulary.py; pieces are learned by `tokens` from the training rows.
@@ -21,6 +24,7 @@ import argparse
 import gc
 import itertools
 import json
+import math
 import re
 import time
 from collections.abc import Sequence
@@ -35,17 +39,20 @@ import lightning
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import yaml
 from ablation import Plateau, build, quiet, qwen3, remember, result_file, trainer
 from ablation_table import markdown
 from loss_step import processor
 from measure import forget_peak, give_back, resident_mb
 from real_text import DATA, documents
 from small_vocabulary import read_cut, write_small_tokenizer
+from transformers import PreTrainedModel
 from upcycling import shown
 
 from agri_moe.cli import main
 from agri_moe.data.chat import Chat, ChatFormat
 from agri_moe.data.chat_data import ChatDataModule
+from agri_moe.data.logit_cache import MANIFEST
 from agri_moe.models.base import LanguageModule
 from agri_moe.models.source import ModelConfig
 from agri_moe.models.text_loss import bits_per_byte
@@ -54,7 +61,8 @@ OUTPUT = Path(__file__).parent / "output" / "hindi_tokens"
 FORMAT = ChatFormat(default_system="आगे लिखिए।")
 TOKENIZERS = {"qwen": 0, "free_rows": 263, "2000": 2000}
 """Name -> new pieces."""
-ARMS = ("ce", "ce+kl")
+CACHED = "ce+kl, cached"
+ARMS = ("ce", "ce+kl", CACHED)
 DOMAINS = ("news_hi", "passages_hi")
 PARTS = ("first", "second", "validation")
 ANSWER_BYTES = 900  # of an advisory, at least, where there is as much
@@ -148,32 +156,40 @@ class Hindi:
         ours, base = (sum(len(chat.encode(row).input_ids) for row in rows) for chat in chats)
         return ours / base
 
+    def options(self, tokenizer: str, train: Sequence[str], seed: int) -> dict[str, Any]:
+        """Of the data module; sequences hold as much text in any tokenizer."""
+        longest = 8 * round(self.setting.max_length * self.tokens(tokenizer) / 8)
+        return {
+            "tokenizer": str(self.tokenizers[tokenizer]),
+            "train": [str(self.files[part]) for part in train],
+            "validation": str(self.files["validation"]),
+            "max_length": longest,
+            "tokens_per_batch": longest * (self.setting.tokens_per_batch // self.setting.max_length),
+            "bad_rows": "skip",
+            "seed": seed,
+            "cache_dir": str(self.output / "cache"),
+        }
+
     def data(self, tokenizer: str, train: Sequence[str], seed: int) -> ChatDataModule:
-        """Rows in one tokenizer; sequences hold as much text in any."""
-        share = self.tokens(tokenizer)
-        longest = 8 * round(self.setting.max_length * share / 8)
-        return ChatDataModule(
-            tokenizer=str(self.tokenizers[tokenizer]),
-            train=[str(self.files[part]) for part in train],
-            validation=str(self.files["validation"]),
-            format=FORMAT,
-            max_length=longest,
-            tokens_per_batch=longest * (self.setting.tokens_per_batch // self.setting.max_length),
-            bad_rows="skip",
-            seed=seed,
-            cache_dir=str(self.output / "cache"),
-        )
+        """Rows in one tokenizer."""
+        return ChatDataModule(format=FORMAT, **self.options(tokenizer, train, seed))
 
     # ------------------------------------------------------------------ models
 
     def pretrained(self, name: str) -> tuple[Path, dict[str, Any]]:
-        """The dense model, or the teacher, at its plateau in Qwen's tokens: its folder, and how its training went."""
+        """A model at its plateau in Qwen's tokens: its folder, and how its training went.
+
+        Args:
+            name: "dense", which students are made from; "untied", the same with a head of its own; "teacher".
+        """
         setting = self.setting
+        dense = qwen3(setting.width, setting.layers, setting.inner)
         shapes = {
-            "dense": qwen3(setting.width, setting.layers, setting.inner),
+            "dense": dense,
+            "untied": dense | {"tie_word_embeddings": False},
             "teacher": qwen3(setting.teacher_width, setting.teacher_layers, setting.teacher_inner),
         }
-        parts = {"dense": ["first"], "teacher": ["first", "second"]}
+        parts = {"dense": ["first"], "untied": ["first"], "teacher": ["first", "second"]}
         keys = ("max_length", "tokens_per_batch", "dense_steps", "dense_rate", "check_every")
         config = {key: getattr(setting, key) for key in keys} | {"shape": shapes[name]}
         folder = self.output / name
@@ -206,17 +222,34 @@ class Hindi:
             "source": str(self.pretrained("dense")[0]),
             "upcycle": {"num_experts": 4, "num_experts_per_tok": 2, "jitter": 0.01, "seed": seed},
         }
-        common = {
+        kl = 0.0 if arm == "ce" else self.setting.kl_weight
+        options: dict[str, Any] = {
+            "objective": {"ce": {"weight": 1.0}, "balance": {"weight": 0.01}, "kl": {"weight": kl}},
             "learning_rate": self.setting.rate,
             "optimizer": {"warmup_steps": 20, "schedule": "cosine", "final_learning_rate": 0.1},
         }
-        objective: dict[str, Any] = {"ce": {"weight": 1.0}, "balance": {"weight": 0.01}}
         if arm == "ce":
-            return build("pretrain.PretrainModule", {"network": student, "objective": objective} | common)
-        objective["kl"] = {"weight": self.setting.kl_weight}
-        teacher = {"source": str(self.pretrained("teacher")[0]), "dtype": "float32"}
-        options = {"student": student, "teacher": teacher, "objective": objective}
-        return build("distill.DistillModule", options | common)
+            return build("pretrain.PretrainModule", options | {"network": student})
+        return build("distill.DistillModule", options | {"student": student, "teacher": self.teacher(tokenizer, arm)})
+
+    def teacher(self, tokenizer: str, arm: str) -> dict[str, Any]:
+        """The teacher at hand, or the answers that `cache` has written."""
+        source = {"source": str(self.pretrained("teacher")[0]), "dtype": "float32"}
+        if arm != CACHED:
+            return source
+        folder = self.output / f"answers_{tokenizer}"
+        if not (folder / MANIFEST).exists():
+            student = {"source": str(self.pretrained("dense")[0])}
+            asked = {"student": student, "teacher": source, "objective": {"kl": {"weight": 1.0}}}
+            data = self.options(tokenizer, ["second"], 0) | {"format": asdict(FORMAT)}
+            config = {
+                "model": {"class_path": "DistillModule", "init_args": asked},
+                "data": {"class_path": "ChatDataModule", "init_args": data},
+            }
+            file = self.output / f"answers_{tokenizer}.yaml"
+            file.write_text(yaml.safe_dump(config), "utf-8")
+            main(["cache", "--config", str(file), "--output", str(folder)])
+        return {"cache": str(folder)}
 
     # ------------------------------------------------------------------ cells
 
@@ -255,13 +288,14 @@ class Hindi:
             "tokens_per_advisory": tokens / ANSWERS,
         }
 
-    def before(self, tokenizer: str) -> float:
+    def before(self, tokenizer: str, name: str = "dense", start: str = "mean") -> float:
         """Bits per byte on held-out advisories before any training in these tokens, without experts."""
         chat = Chat.load(str(self.tokenizers[tokenizer]), FORMAT)
-        model = ModelConfig(str(self.pretrained("dense")[0])).load("source", chat)
-        return bits_per_byte(
-            model, chat, [row["advisory"] for row in pq.read_table(self.files["validation"]).to_pylist()]
-        )
+        model = ModelConfig(str(self.pretrained(name)[0])).load("source", chat)
+        if start != "mean":  # which they are loaded with
+            restart(model, chat, *STARTS[start])
+        rows = pq.read_table(self.files["validation"]).to_pylist()
+        return bits_per_byte(model, chat, [row["advisory"] for row in rows])
 
     def config(self, tokenizer: str, arm: str, seed: int) -> dict[str, Any]:
         """What a result depends on."""
@@ -277,6 +311,46 @@ class Hindi:
                 if files:
                     found[tokenizer, arm] = [json.loads(path.read_text("utf-8"))["result"] for path in files]
         return found
+
+
+STARTS = {
+    "mean": (0.0, 0.0),
+    "first piece": (-math.inf, -math.inf),
+    "last piece": (math.inf, math.inf),
+    "input: last, head: first": (math.inf, -math.inf),
+    "weights e^j and e^-j": (1.0, -1.0),
+    "weights e^2j and e^-2j": (2.0, -2.0),
+    "input: mean, head: e^-j": (0.0, -1.0),
+}
+"""Name -> of the input embedding and the head, a: the piece at place j has a share in proportion to e^(a j)."""
+
+
+def restart(model: PreTrainedModel, chat: Chat, embedding: float, head: float) -> None:
+    """Start the rows of merged tokens anew, see STARTS; tied ones as the embedding's."""
+    matrices = [(model.get_input_embeddings().weight, embedding)]
+    if not model.config.tie_word_embeddings:
+        matrices.append((model.get_output_embeddings().weight, head))
+    with torch.no_grad():
+        for rows, power in matrices:
+            for token, pieces in chat.merged.items():
+                places = torch.arange(len(pieces), dtype=torch.float32)
+                if math.isinf(power):
+                    share = (places == (len(pieces) - 1 if power > 0 else 0)).float()
+                else:
+                    share = (power * places).softmax(0)
+                rows[token] = share @ rows[list(pieces)]
+
+
+def starts(hindi: Hindi) -> str:
+    """How new rows can start: bits per byte before any training."""
+    names = [name for name, pieces in TOKENIZERS.items() if pieces]
+    head = ["new rows start as", *(f"{tokenizer}, {model}" for model in ("tied", "untied") for tokenizer in names)]
+    rows = [
+        [start, *(f"{hindi.before(name, model, start):.3f}" for model in ("dense", "untied") for name in names)]
+        for start in STARTS
+    ]
+    whole = [f"{hindi.before('qwen', model):.3f}" for model in ("dense", "untied") for _ in names]
+    return markdown(tuple(head), [["(Qwen's tokens)", *whole], *rows])
 
 
 class Clock(lightning.Callback):
@@ -388,14 +462,20 @@ def run() -> None:
     parser.add_argument("--workers", type=int, default=1, help="students that are trained at a time")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--table", action="store_true", help="print what is finished, train nothing")
+    parser.add_argument("--starts", action="store_true", help="compare how new rows can start, train no student")
     args = parser.parse_args()
     quiet()
     torch.set_num_threads(1)
     setting = replace(Setting(), epochs=args.epochs) if args.epochs else Setting()
     hindi = Hindi(setting, args.output)
+    if args.starts:
+        print(starts(hindi))
+        return
     if not args.table:
         for name in ("dense", "teacher"):
             hindi.pretrained(name)
+        for tokenizer in TOKENIZERS:
+            hindi.teacher(tokenizer, CACHED)
         cells = itertools.product(range(args.seeds), TOKENIZERS, ARMS)
         with ProcessPoolExecutor(args.workers, get_context("spawn"), max_tasks_per_child=1) as pool:
             waiting = [pool.submit(train_cell, setting, args.output, name, arm, seed) for seed, name, arm in cells]
