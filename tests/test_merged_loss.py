@@ -39,8 +39,7 @@ def merged_of(targets, rest):
         end.append(max(hits, default=-1) + 1)
     rank, first, group = places()
     first_of = torch.tensor([spelled(t)[0] for t in targets.tolist()])
-    one_hot = F.one_hot(group, len(first)).double()
-    return Merged(first, group, one_hot, rank, first_of, torch.tensor(begin), torch.tensor(end), rest, PIECES)
+    return Merged(first, group, rank, first_of, torch.tensor(begin), torch.tensor(end), rest, PIECES)
 
 
 def divergence(log_t, log_s, kind, beta=0.3):

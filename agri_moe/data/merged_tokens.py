@@ -95,7 +95,6 @@ def merged_of(batch: Batch, rest_M: Tensor, width: int) -> Merged:
     return Merged(
         first_G=batch["merged_first"],
         group_N=batch["merged_group"],
-        indicator_NG=torch.nn.functional.one_hot(batch["merged_group"], len(batch["merged_first"])).double(),
         rank_N=batch["merged_rank"],
         next_first_M=batch["merged_next_first"],
         begin_M=batch["merged_begin"],

@@ -591,9 +591,9 @@ def _over_pieces(
     kl_R = kl_R + follows_R.where(asked_R, 0.0).to(kl_R.dtype)
     if not differentiate:
         return _Divergence(kl_R)
-    grad_RN = spread(teacher_RW, log_p_RV, merged, grouped)
-    factor_R, on_top_RN = spread_follows(log_t_R2[:, 0].where(asked_R, 0.0), log_p_RV, merged, grouped)
-    return _Divergence(kl_R, teacher_RW, (grad_RN + on_top_RN).to(kl_R.dtype), factor_R.to(kl_R.dtype))
+    grad_RN = spread(teacher_RW, merged, grouped)
+    factor_R, on_top_RN = spread_follows(log_t_R2[:, 0].where(asked_R, 0.0), grouped)
+    return _Divergence(kl_R, teacher_RW, grad_RN.add_(on_top_RN).to(kl_R.dtype), factor_R.to(kl_R.dtype))
 
 
 def _sparse_kl(

@@ -21,9 +21,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 # 1 - Q and 1 - P are kept above the rounding of a float32 sum of probabilities.
 _SURE = 2.0**-23
+# The logarithm of a probability whose inverse float64 still holds.
+_NEVER = -700.0
 
 
 class Merged(NamedTuple):
@@ -35,7 +38,6 @@ class Merged(NamedTuple):
 
     first_G: Tensor  # int64 in [0, W), distinct
     group_N: Tensor  # int64 in [0, G): which of these a token begins with
-    indicator_NG: Tensor  # float64: the same, one-hot
     rank_N: Tensor  # int64: its place in the order of their pieces
     next_first_M: Tensor  # int64 in [0, W): first piece of the token that follows
     begin_M: Tensor  # int64: ranks, from here ...
@@ -66,12 +68,19 @@ _BY_ROW = ("next_first_M", "begin_M", "end_M", "rest_M")
 
 
 class Grouped(NamedTuple):
-    """A block of the student's log-probabilities, grouped."""
+    """A block of the student's log-probabilities, grouped.
+
+    Probabilities are told over those of a row's most probable grouped token, in float64: nothing underflows that
+    matters, and the columns are few.
+    """
 
     log_q_RW: Tensor  # over the teacher's pieces, normalised
-    group_RG: Tensor  # float64: log-probability of the groups of more than one token, as `log_p` has it
     follows_R2: Tensor  # float64: log-probabilities that what really follows does, and that it does not
-    within_RN: Tensor  # bool: tokens that begin with it
+    top_R1: Tensor  # log-probability of the most probable
+    own_RG: Tensor  # probabilities of the first pieces by themselves
+    merged_RN: Tensor  # of the merged tokens
+    sums_RG: Tensor  # of the groups
+    within_RN: Tensor  # of the merged tokens that begin with what really follows; of others 0
 
 
 def group(log_p_RV: Tensor, merged: Merged, out_RW: Tensor) -> Grouped:
@@ -83,50 +92,50 @@ def group(log_p_RV: Tensor, merged: Merged, out_RW: Tensor) -> Grouped:
         out_RW: Takes `log_q_RW`.
     """
     width, count = merged.width, len(merged.group_N)
-    # In float64: nothing underflows, and the columns are few.
     own_RG = log_p_RV[:, merged.first_G].double()
     merged_RN = log_p_RV[:, width : width + count].double()
-    top_R1 = torch.cat([own_RG, merged_RN], 1).amax(1, keepdim=True)
-    # A product, not index_add_, which is not deterministic on CUDA.
-    sums_RG = (own_RG - top_R1).exp() + (merged_RN - top_R1).exp() @ merged.indicator_NG
-    group_RG = sums_RG.log() + top_R1
+    top_R1 = torch.maximum(own_RG.amax(1, keepdim=True), merged_RN.amax(1, keepdim=True))
+    own_RG, merged_RN = (own_RG - top_R1).exp_(), (merged_RN - top_R1).exp_()
+    sums_RG = _add_by_group(own_RG, merged_RN, merged.group_N)
     out_RW.copy_(log_p_RV[:, :width])
-    out_RW[:, merged.first_G] = group_RG.to(out_RW.dtype)
+    out_RW[:, merged.first_G] = (sums_RG.log() + top_R1).to(out_RW.dtype)
     if width + count < log_p_RV.shape[1]:  # rows that fill the matrix up
         out_RW.sub_(out_RW.logsumexp(-1, keepdim=True))
-    within_RN = (merged.rank_N >= merged.begin_M[:, None]) & (merged.rank_N < merged.end_M[:, None])
-    follows_R = merged_RN.where(within_RN, -torch.inf).logsumexp(1)
-    follows_R = follows_R.where(within_RN.any(1), -1.0)  # any number will do where nothing is asked
-    return Grouped(out_RW, group_RG, _two(follows_R), within_RN)
+    within = (merged.rank_N >= merged.begin_M[:, None]) & (merged.rank_N < merged.end_M[:, None])
+    within_RN = merged_RN * within
+    follows_R = within_RN.sum(1).log().add_(top_R1[:, 0]).clamp_(min=_NEVER)  # the sum is 0 where nothing is asked
+    return Grouped(out_RW, _two(follows_R), top_R1, own_RG, merged_RN, sums_RG, within_RN)
 
 
-def spread(grad_RW: Tensor, log_p_RV: Tensor, merged: Merged, grouped: Grouped) -> Tensor:
+def _add_by_group(own_RG: Tensor, merged_RN: Tensor, group_N: Tensor) -> Tensor:
+    """To each group's own probability that of its merged tokens."""
+    if own_RG.device.type == "cpu":
+        return own_RG.index_add(1, group_N, merged_RN)
+    # Which is not deterministic on an accelerator; a product is.
+    return own_RG + merged_RN @ functional.one_hot(group_N, own_RG.shape[1]).double()
+
+
+def spread(grad_RW: Tensor, merged: Merged, grouped: Grouped) -> Tensor:
     """From the gradient in `log_q_RW`'s logits to that in the student's.
 
     Args:
         grad_RW: Becomes the gradient of the first W of the student's logits, in place.
-        log_p_RV: As `group` was given it.
         merged: Of these R rows.
         grouped: What `group` returned.
 
     Returns:
         [R, N], the gradient of the merged tokens' logits.
     """
-    width, count = merged.width, len(merged.group_N)
-    grad_RG = grad_RW[:, merged.first_G].double()
-    share_RN = (log_p_RV[:, width : width + count].double() - grouped.group_RG[:, merged.group_N]).exp()
-    share_RG = (log_p_RV[:, merged.first_G].double() - grouped.group_RG).exp()
-    grad_RW[:, merged.first_G] = (grad_RG * share_RG).to(grad_RW.dtype)
-    return grad_RG[:, merged.group_N] * share_RN
+    factor_RG = grad_RW[:, merged.first_G] / grouped.sums_RG
+    grad_RW[:, merged.first_G] = (factor_RG * grouped.own_RG).to(grad_RW.dtype)
+    return factor_RG.index_select(1, merged.group_N).mul_(grouped.merged_RN)
 
 
-def spread_follows(grad_R: Tensor, log_p_RV: Tensor, merged: Merged, grouped: Grouped) -> tuple[Tensor, Tensor]:
+def spread_follows(grad_R: Tensor, grouped: Grouped) -> tuple[Tensor, Tensor]:
     """Likewise from the gradient in the first of `follows_R2`'s two logits, that of the second being its opposite.
 
     Args:
         grad_R: 0 where nothing is asked.
-        log_p_RV: As `group` was given it.
-        merged: Of these R rows.
         grouped: What `group` returned.
 
     Returns:
@@ -134,8 +143,8 @@ def spread_follows(grad_R: Tensor, log_p_RV: Tensor, merged: Merged, grouped: Gr
         for the merged tokens.
     """
     inside_R, outside_R = (grad_R * (-grouped.follows_R2[:, i]).exp() for i in (0, 1))
-    merged_RN = log_p_RV[:, merged.width : merged.width + len(merged.group_N)].double().exp()
-    return -outside_R, (merged_RN * (inside_R + outside_R)[:, None]).where(grouped.within_RN, 0.0)
+    factor_R1 = (inside_R + outside_R)[:, None] * grouped.top_R1.exp()
+    return -outside_R, grouped.within_RN * factor_R1
 
 
 def teacher_follows(log_p_RW: Tensor | None, merged: Merged) -> Tensor:
