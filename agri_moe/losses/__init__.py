@@ -7,10 +7,10 @@ are.
 
 from agri_moe.losses.attention import align_attention, attention_distance, attention_mass, uniform_head_map
 from agri_moe.losses.cka import MinibatchHSIC, cka_from_hsic, cka_matrix, expert_similarity, linear_cka, minibatch_hsic
+from agri_moe.losses.divergences import Divergence
 from agri_moe.losses.hidden import hidden_distance
 from agri_moe.losses.logits import (
     CHUNK_SIZE,
-    Divergence,
     LogitLoss,
     TokenStatistics,
     fused_ce_kl,

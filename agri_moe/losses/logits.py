@@ -8,15 +8,24 @@ Shape legend, used as suffixes of names throughout:
       merges of them      R rows of one block (`_Chunk`)
 """
 
-import math
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from agri_moe.losses.merged import Merged, group, spread, spread_follows, teacher_follows
+from agri_moe.losses.divergences import (
+    DIVERGENCES,
+    Compared,
+    Comparison,
+    Divergence,
+    Scratch,
+    Taught,
+    compare,
+    teacher_entropy,
+)
+from agri_moe.losses.merged import Merged, group, teacher_follows
 from agri_moe.losses.sparse import SparseTeacher, sparse_kl
 
 # Rows whose logits are held at a time. The three constants were measured with the shapes of
@@ -27,9 +36,6 @@ CHUNK_SIZE = 128
 CPU_BLOCK_LOGITS = 2**20
 # On CPU the logits' product goes by tiles of the vocabulary; 512 to 2048 are alike, untiled costs 8%.
 CPU_VOCABULARY_TILE = 1024
-
-
-Divergence = Literal["forward", "reverse", "jsd"]
 
 
 class LogitLoss(NamedTuple):
@@ -111,8 +117,8 @@ def fused_ce_kl(
         ValueError: shapes that do not fit, only half a teacher or two, more teacher rows than student rows, an
             unknown divergence, beta outside (0, 1), or a sparse teacher with another divergence or temperature.
     """
-    if divergence not in _DIVERGENCES or not 0 < beta < 1:
-        raise ValueError(f"divergence {divergence!r} is not one of {', '.join(_DIVERGENCES)} with beta in (0, 1)")
+    if divergence not in DIVERGENCES or not 0 < beta < 1:
+        raise ValueError(f"divergence {divergence!r} is not one of {', '.join(DIVERGENCES)} with beta in (0, 1)")
     if isinstance(ce_scale, Tensor) and ce_scale.ndim and ce_scale.shape != hidden_ND.shape[:1]:
         raise ValueError(f"ce_scale {tuple(ce_scale.shape)} is neither a number nor one for each row")
     if sparse_teacher is not None:
@@ -135,11 +141,8 @@ def fused_ce_kl(
         sparse_teacher=sparse_teacher,
         merged=merged,
         ce_scale=_constant(ce_scale),
-        kl_scale=_constant(kl_scale),
-        temperature=_constant(temperature),
+        comparison=Comparison(divergence, beta, _constant(temperature), _constant(kl_scale)),
         label_smoothing=label_smoothing,
-        divergence=divergence,
-        beta=beta,
         with_entropy=with_entropy,
         chunk_size=chunk_size,
         operand_dtype=rows.operand_dtype,
@@ -408,11 +411,8 @@ class _Settings(NamedTuple):
     sparse_teacher: SparseTeacher | None
     merged: Merged | None
     ce_scale: float | Tensor
-    kl_scale: float | Tensor
-    temperature: float | Tensor
+    comparison: Comparison
     label_smoothing: float
-    divergence: Divergence
-    beta: float
     with_entropy: bool
     chunk_size: int
     operand_dtype: torch.dtype
@@ -423,15 +423,10 @@ class _Settings(NamedTuple):
         """Whether the gradient has a cross-entropy part; a tensor is never asked, as the host would wait."""
         return isinstance(self.ce_scale, Tensor) or self.ce_scale != 0.0
 
-    @property
-    def with_kl(self) -> bool:
-        """Whether the gradient has a divergence part."""
-        return isinstance(self.kl_scale, Tensor) or self.kl_scale != 0.0
-
-    def taught(self, rows: slice, logits_RW: Tensor) -> "_Taught":
+    def taught(self, rows: slice, logits_RW: Tensor) -> Taught:
         """What the teacher says of some rows."""
         sparse = None if self.sparse_teacher is None else self.sparse_teacher.rows(rows)
-        return _Taught(logits_RW, sparse, None if self.merged is None else self.merged.rows(rows))
+        return Taught(logits_RW, sparse, None if self.merged is None else self.merged.rows(rows))
 
     def ce_scale_of(self, rows: slice) -> float | Tensor:
         """Factor of the cross-entropies of some rows, to be multiplied with [R, V]."""
@@ -443,19 +438,6 @@ def _constant(scale: float | Tensor) -> float | Tensor:
     return scale.detach() if isinstance(scale, Tensor) else float(scale)
 
 
-class _Scratch:
-    """Buffers for the passes over a block, made once a call: fresh pages cost more than the pass itself."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
-
-    def __call__(self, name: str, like: Tensor) -> Tensor:
-        buffer = self._buffers.get(name)
-        if buffer is None or len(buffer) < len(like):
-            self._buffers[name] = buffer = torch.empty_like(like, memory_format=torch.contiguous_format)
-        return buffer[: len(like)]
-
-
 class _Block(NamedTuple):
     """Per row of a block, in nats."""
 
@@ -464,21 +446,13 @@ class _Block(NamedTuple):
     entropy_R: Tensor | None  # the teacher's
 
 
-class _Taught(NamedTuple):
-    """What the teacher says of the rows of a block."""
-
-    logits_RW: Tensor  # overwritten; a buffer, where it is known by some tokens only
-    sparse: SparseTeacher | None
-    merged: Merged | None
-
-
 def _block(
     student_RV: Tensor,
     targets_R: Tensor,
-    teacher: _Taught | None,
+    teacher: Taught | None,
     settings: _Settings,
     ce_scale: float | Tensor,
-    scratch: _Scratch,
+    scratch: Scratch,
     differentiate: bool,
 ) -> _Block:
     """Losses of one block; where asked, its logits become their own gradient.
@@ -494,16 +468,15 @@ def _block(
     ce_R = log_p_RV.gather(1, targets_R[:, None]).squeeze(1) * (smoothing - 1.0)
     if smoothing:
         ce_R -= log_p_RV.sum(-1) * share
-    kl: _Divergence | None = None
+    kl: Compared | None = None
     entropy_R = None
-    taught = differentiate and settings.with_kl
+    taught = differentiate and settings.comparison.learns
     if teacher is not None:
         if teacher.sparse is not None:
             entropy_R = teacher.sparse.entropy_M
         elif settings.with_entropy:
-            entropy_R = _entropy(teacher.logits_RW, scratch)
-        compare = _one_vocabulary if teacher.merged is None else _over_pieces
-        kl = compare(student_RV, log_p_RV, teacher, settings, scratch, taught)
+            entropy_R = teacher_entropy(teacher.logits_RW, scratch)
+        kl = compare(student_RV, log_p_RV, teacher, settings.comparison, scratch, taught)
     if not differentiate:
         return _Block(ce_R, kl and kl.kl_R, entropy_R)
 
@@ -521,189 +494,6 @@ def _block(
     return _Block(ce_R, kl and kl.kl_R, entropy_R)
 
 
-class _Divergence(NamedTuple):
-    """From the teacher, with kl_scale times its gradient in the student's logits."""
-
-    kl_R: Tensor  # T^2 times the divergence
-    grad_RW: Tensor | None = None  # in the first W of them
-    grad_RN: Tensor | None = None  # in those of the merged tokens, which follow
-    factor_R: Tensor | None = None  # in all of them, over their probabilities
-
-    def add_gradient(self, out_RV: Tensor, log_p_RV: Tensor) -> None:
-        """Add it; spends the student's log-probabilities."""
-        assert self.grad_RW is not None, "it was asked for"
-        width = self.grad_RW.shape[1]
-        out_RV[:, :width].add_(self.grad_RW)
-        if self.grad_RN is not None and self.factor_R is not None:
-            out_RV.addcmul_(log_p_RV.exp_(), self.factor_R[:, None])
-            out_RV[:, width : width + self.grad_RN.shape[1]].add_(self.grad_RN)
-
-
-def _one_vocabulary(
-    student_RV: Tensor,
-    log_p_RV: Tensor,
-    teacher: _Taught,
-    settings: _Settings,
-    scratch: _Scratch,
-    differentiate: bool,
-) -> _Divergence:
-    """Both over the shared prefix of their vocabularies."""
-    teacher_RW = teacher.logits_RW
-    width = teacher_RW.shape[1]
-    if teacher.sparse is not None:
-        kl_R = _sparse_kl(log_p_RV, teacher, scratch("log_qt", teacher_RW), settings, differentiate)
-    else:
-        whole = log_p_RV if width == student_RV.shape[1] else None
-        # The student's logits are spent then: all that is still asked of them is in log_p and log_qs.
-        spare_RW = student_RV[:, :width]
-        kl_R = _kl(student_RV[:, :width], whole, teacher_RW, spare_RW, settings, scratch, differentiate)
-    return _Divergence(kl_R, teacher_RW if differentiate else None)
-
-
-def _over_pieces(
-    student_RV: Tensor,
-    log_p_RV: Tensor,
-    teacher: _Taught,
-    settings: _Settings,
-    scratch: _Scratch,
-    differentiate: bool,
-) -> _Divergence:
-    """Over the teacher's pieces, and at merged tokens over whether what really follows does."""
-    merged, teacher_RW = teacher.merged, teacher.logits_RW
-    assert merged is not None, "else there is one vocabulary"
-    grouped = group(log_p_RV, merged, scratch("pieces", teacher_RW))
-    log_t_R2 = teacher_follows(None if teacher.sparse is not None else teacher_RW, merged)
-    if teacher.sparse is not None:
-        kl_R = _sparse_kl(grouped.log_q_RW, teacher, scratch("log_qt", teacher_RW), settings, differentiate)
-    else:
-        spare_RW = student_RV[:, : merged.width]
-        kl_R = _kl(grouped.log_q_RW, grouped.log_q_RW, teacher_RW, spare_RW, settings, scratch, differentiate)
-    asked_R = merged.begin_M < merged.end_M
-    follows_R = _kl(
-        grouped.follows_R2,
-        grouped.follows_R2,
-        log_t_R2,
-        torch.empty_like(log_t_R2),
-        settings,
-        _Scratch(),
-        differentiate,
-    )
-    kl_R = kl_R + follows_R.where(asked_R, 0.0).to(kl_R.dtype)
-    if not differentiate:
-        return _Divergence(kl_R)
-    grad_RN = spread(teacher_RW, merged, grouped)
-    factor_R, on_top_RN = spread_follows(log_t_R2[:, 0].where(asked_R, 0.0), grouped)
-    return _Divergence(kl_R, teacher_RW, grad_RN.add_(on_top_RN).to(kl_R.dtype), factor_R.to(kl_R.dtype))
-
-
-def _sparse_kl(
-    log_q_RV: Tensor, teacher: _Taught, spare_RW: Tensor, settings: _Settings, differentiate: bool
-) -> Tensor:
-    """From a teacher that is known by some tokens; where asked, kl_scale times the gradient is left in its buffer."""
-    assert teacher.sparse is not None, "it is one"
-    kl_R = sparse_kl(log_q_RV, teacher.sparse, teacher.logits_RW, spare_RW, differentiate=differentiate)
-    if differentiate:
-        teacher.logits_RW.mul_(settings.kl_scale)
-    return kl_R
-
-
-def _entropy(logits_RW: Tensor, scratch: _Scratch) -> Tensor:
-    """Entropy of softmax(logits), [R]."""
-    log_q_RW = torch.log_softmax(logits_RW, -1, out=scratch("log_qt", logits_RW))
-    q_RW = torch.exp(log_q_RW, out=scratch("log_qs", logits_RW))
-    return -q_RW.mul_(log_q_RW).sum(-1)
-
-
-def _kl(
-    student_RW: Tensor,
-    log_qs_RW: Tensor | None,
-    teacher_RW: Tensor,
-    spare_RW: Tensor,
-    settings: _Settings,
-    scratch: _Scratch,
-    differentiate: bool,
-) -> Tensor:
-    """Return T^2 D [R]; where asked, kl_scale times its gradient takes the place of the teacher's logits.
-
-    Each divergence leaves dD / du for the tempered logits u = z / T, so that d(T^2 D) / dz is T times that.
-
-    Args:
-        student_RW: Logits over what is compared.
-        log_qs_RW: Their log-probabilities at temperature 1, if they are there already.
-        teacher_RW: Logits; overwritten.
-        spare_RW: To work in; may be the student's logits.
-        settings: Temperature, divergence and scale.
-        scratch: More room.
-        differentiate: Whether the gradient is wanted.
-    """
-    temperature = settings.temperature
-    plain = not isinstance(temperature, Tensor) and temperature == 1.0
-    if not plain:
-        teacher_RW.div_(temperature)
-    log_qt_RW = torch.log_softmax(teacher_RW, -1, out=scratch("log_qt", teacher_RW))
-    if not plain or log_qs_RW is None:
-        torch.div(student_RW, temperature, out=teacher_RW)
-        log_qs_RW = torch.log_softmax(teacher_RW, -1, out=scratch("log_qs", teacher_RW))
-    divergence = _DIVERGENCES[settings.divergence]
-    kl_R = divergence(log_qt_RW, log_qs_RW, teacher_RW, spare_RW, settings.beta, differentiate)
-    if differentiate:
-        teacher_RW.mul_(settings.kl_scale * temperature)
-    return kl_R * (temperature * temperature)
-
-
-# Each takes log q_t (overwritten), log q_s (read only: it may be log_p), a buffer that the gradient is left in, another
-# to work in, beta, and whether the gradient is wanted; each returns D [R].
-
-
-def _forward(
-    log_qt_RW: Tensor, log_qs_RW: Tensor, out_RW: Tensor, spare_RW: Tensor, beta: float, differentiate: bool
-) -> Tensor:
-    """sum q_t (log q_t - log q_s), with gradient q_s - q_t."""
-    difference_RW = torch.sub(log_qt_RW, log_qs_RW, out=out_RW)
-    qt_RW = log_qt_RW.exp_()
-    kl_R = difference_RW.mul_(qt_RW).sum(-1)
-    if differentiate:
-        torch.exp(log_qs_RW, out=out_RW).sub_(qt_RW)
-    return kl_R
-
-
-def _reverse(
-    log_qt_RW: Tensor, log_qs_RW: Tensor, out_RW: Tensor, spare_RW: Tensor, beta: float, differentiate: bool
-) -> Tensor:
-    """sum q_s (log q_s - log q_t), with gradient q_s (log q_s - log q_t - D)."""
-    difference_RW = torch.sub(log_qs_RW, log_qt_RW, out=out_RW)
-    qs_RW = torch.exp(log_qs_RW, out=log_qt_RW)
-    kl_R = difference_RW.mul_(qs_RW).sum(-1)
-    if differentiate:
-        out_RW.sub_(qs_RW.mul_(kl_R[:, None]))
-    return kl_R
-
-
-def _jsd(
-    log_qt_RW: Tensor, log_qs_RW: Tensor, out_RW: Tensor, spare_RW: Tensor, beta: float, differentiate: bool
-) -> Tensor:
-    """b KL(q_t || m) + (1 - b) KL(q_s || m), with gradient (1 - b) q_s (log q_s - log m - KL(q_s || m)).
-
-    With r = log q_s - log q_t, log(m / q_t) is log(b + (1 - b) exp(r)) and log(m / q_s) is log(b exp(-r) + 1 - b).
-    From log m itself, the rounding of large logarithms would be as large as a small divergence.
-    """
-    log_b, log_rest = math.log(beta), math.log1p(-beta)
-    ratio_RW = torch.sub(log_qs_RW, log_qt_RW, out=out_RW)
-    torch.add(ratio_RW, log_rest, out=spare_RW)
-    log_m_qt_RW = torch.logaddexp(spare_RW, spare_RW.new_full((), log_b), out=spare_RW)
-    teacher_R = log_m_qt_RW.mul_(log_qt_RW.exp_()).sum(-1).neg_()
-    ratio_RW.neg_().add_(log_b)
-    log_m_qs_RW = torch.logaddexp(ratio_RW, ratio_RW.new_full((), log_rest), out=out_RW)
-    qs_RW = torch.exp(log_qs_RW, out=log_qt_RW)
-    student_R = log_m_qs_RW.mul_(qs_RW).sum(-1).neg_()
-    if differentiate:
-        out_RW.add_(qs_RW.mul_(student_R[:, None])).mul_(beta - 1.0)
-    return beta * teacher_R + (1.0 - beta) * student_R
-
-
-_DIVERGENCES = {"forward": _forward, "reverse": _reverse, "jsd": _jsd}
-
-
 class _Sums(NamedTuple):
     loss: Tensor
     ce_sum: Tensor
@@ -715,7 +505,7 @@ class _Sums(NamedTuple):
 
 def _sums_and_gradients(rows: _Rows, settings: _Settings, needs: tuple[bool, bool]) -> _Sums:
     """Go through the chunks once: the sums, and the gradient of the scaled loss where `needs` says so."""
-    dtype, scratch = rows.result_dtype, _Scratch()
+    dtype, scratch = rows.result_dtype, Scratch()
     operands = rows.cast(settings.operand_dtype, settings.merged)
     n, m = len(rows.hidden_ND), len(rows.teacher_hidden_MD)
     ce_N, kl_M = rows.hidden_ND.new_empty(n, dtype=dtype), rows.hidden_ND.new_empty(m, dtype=dtype)
@@ -733,7 +523,7 @@ def _sums_and_gradients(rows: _Rows, settings: _Settings, needs: tuple[bool, boo
             if block.entropy_R is not None:
                 entropy_sum += block.entropy_R.sum()
         # Without a cross-entropy part, rows that carry no KL have no gradient.
-        count = len(chunk.student) if settings.with_ce else len(chunk.teacher) * settings.with_kl
+        count = len(chunk.student) if settings.with_ce else len(chunk.teacher) * settings.comparison.learns
         if not any(needs) or not count:
             continue
         gradient = chunk.student[:count].to(settings.operand_dtype)
@@ -752,8 +542,8 @@ def _sums_and_gradients(rows: _Rows, settings: _Settings, needs: tuple[bool, boo
     if settings.with_ce:
         by_row = isinstance(settings.ce_scale, Tensor) and settings.ce_scale.ndim > 0
         loss += (settings.ce_scale * ce_N).sum() if by_row else settings.ce_scale * ce_sum
-    if settings.with_kl:
-        loss += settings.kl_scale * kl_sum
+    if settings.comparison.learns:
+        loss += settings.comparison.scale * kl_sum
     return _Sums(loss, ce_sum, kl_sum, entropy_sum, grad_hidden_ND, grad_head_VD)
 
 
