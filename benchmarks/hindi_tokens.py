@@ -291,11 +291,14 @@ class Hindi:
             "tokens_per_advisory": tokens / ANSWERS,
         }
 
-    def before(self, tokenizer: str, name: str = "dense", start: str = "mean") -> float:
-        """Bits per byte on held-out advisories before any training in these tokens, without experts."""
+    def before(self, tokenizer: str, name: str = "dense", start: str | None = None) -> float:
+        """Bits per byte on held-out advisories before any training in these tokens, without experts.
+
+        New rows start as they do in a run, unless told otherwise.
+        """
         chat = Chat.load(str(self.tokenizers[tokenizer]), FORMAT)
         model = ModelConfig(str(self.pretrained(name)[0])).load("source", chat)
-        if start != "mean":  # which they are loaded with
+        if start is not None:
             restart(model, chat, *STARTS[start])
         rows = pq.read_table(self.files["validation"]).to_pylist()
         return bits_per_byte(model, chat, [row["advisory"] for row in rows])

@@ -207,6 +207,12 @@ def test_upcycle_writes_what_a_run_would_begin_with(home, chat, tmp_path, tied, 
     for name, tensor in written.state_dict().items():
         assert torch.equal(tensor, state[name]), name
     assert len(written.get_input_embeddings().weight) > 1 + max(chat.merged), "rows that fill the matrix up, too"
+    plain = AutoModelForCausalLM.from_pretrained(source).state_dict()
+    token, pieces = max(chat.merged.items(), key=lambda item: len(item[1]))
+    for name, lean in (("model.embed_tokens.weight", 0 if tied else 1), ("lm_head.weight", 0 if tied else -1)):
+        weights = [math.exp(lean * place) for place in range(len(pieces))]
+        expected = sum(w / sum(weights) * plain[name][piece] for w, piece in zip(weights, pieces, strict=True))
+        torch.testing.assert_close(state[name][token], expected)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "moe")
     text = "धान की फसल में झुलसा रोग"
     assert tokenizer.encode(text, add_special_tokens=False) == chat.encode_text(text)

@@ -7,7 +7,7 @@ Shapes: B batch, T sequence, N chosen positions, S sampled positions, Q query po
 groups, D width, F expert width, V vocabulary, E experts.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from agri_moe.models.attention import capture_attention
+from agri_moe.models.checkpoint_files import NewRows, leans, start_row
 from agri_moe.models.experts import follow_autocast
 from agri_moe.models.routing import POSITIONS, Routers, RoutingConfig
 from agri_moe.models.sharding import place, rows
@@ -268,8 +269,10 @@ def grow(model: PreTrainedModel, tokens: Collection[int]) -> None:
         model.resize_token_embeddings(max(tokens) + 1, pad_to_multiple_of=128, mean_resizing=False)
 
 
-def start_rows(model: PreTrainedModel, pieces: dict[int, list[int]], stored: int | None = None) -> None:
+def start_rows(model: PreTrainedModel, pieces: NewRows, merged: Container[int] = (), stored: int | None = None) -> None:
     """Start the embedding rows of new tokens as the mean of the rows of their plain-text pieces, in place.
+
+    Those of merged tokens lean to one side in a model with a head of its own, see `leans`.
 
     Rows that only fill the matrix up start as the mean of all that are stored, see `ExtendedTensor`.
 
@@ -277,6 +280,7 @@ def start_rows(model: PreTrainedModel, pieces: dict[int, list[int]], stored: int
         model: Its input embedding and, if untied, its head are changed; they grow where they must (see `grow`). Of a
             sharded model, which cannot grow, every rank must call this.
         pieces: Id of each new token -> ids of its pieces.
+        merged: Tokens that stand in text for their pieces; the others are markers.
         stored: Rows that the model had before it grew; by default all that it has now.
     """
     if not pieces:
@@ -289,10 +293,11 @@ def start_rows(model: PreTrainedModel, pieces: dict[int, list[int]], stored: int
     if head is not None and head.weight is not matrices[0]:
         matrices.append(head.weight)
     with torch.no_grad():
-        for weight_VD in matrices:
+        for weight_VD, lean in zip(matrices, leans(tied=len(matrices) == 1), strict=False):
             if len(weight_VD) > stored:
                 runs = torch.arange(stored).split(1 << 13)
                 mean_D = torch.stack([rows(weight_VD, run).double().sum(0) for run in runs]).sum(0) / stored
                 place(weight_VD, mean_D.expand(len(weight_VD) - stored, -1), (stored, 0))
             for token, parts in pieces.items():
-                place(weight_VD, rows(weight_VD, parts).float().mean(0), (token, 0))
+                row_D = start_row(rows(weight_VD, parts), lean if token in merged else 0.0)
+                place(weight_VD, row_D, (token, 0))

@@ -95,7 +95,29 @@ class MappedTensor(StoredTensor):
 
 
 NewRows = Mapping[int, Sequence[int]]
-"""Id of each token that a model never learned -> ids of those whose rows' mean its own row starts as."""
+"""Id of each token that a model never learned -> ids of those out of whose rows its own starts."""
+
+
+def leans(tied: bool) -> tuple[float, float]:
+    """How rows of merged tokens lean, in embedding and head, see `start_row`.
+
+    In a matrix that is both they are the mean (Gee et al. 2022, "Fast Vocabulary Transfer for Language Model
+    Compression"). With a head of its own the embedding leans to the last piece, which is read last, and the head to the
+    first, which is predicted first: as Nakash et al. 2025, "AdaptiVocab", weight them exponentially. Measured by
+    benchmarks/hindi_tokens.py --starts.
+    """
+    return (0.0, 0.0) if tied else (1.0, -1.0)
+
+
+def start_row(pieces_KD: Tensor, lean: float = 0.0) -> Tensor:
+    """A new row [D], float32, out of those of what its token is made of.
+
+    Args:
+        pieces_KD: In their order in text.
+        lean: The row at place j has a share in proportion to e^(lean j): 0 is the mean.
+    """
+    shares_K = (lean * torch.arange(len(pieces_KD), dtype=torch.float32, device=pieces_KD.device)).softmax(0)
+    return (shares_K[:, None] * pieces_KD.float()).sum(0)
 
 
 def grown(rows: int, new_rows: NewRows) -> int:
@@ -114,11 +136,12 @@ class ExtendedTensor(StoredTensor):
 
     stored: StoredTensor
     new_rows: NewRows = field(compare=False)
+    leans: Mapping[int, float] = field(compare=False)
 
     @classmethod
-    def of(cls, stored: StoredTensor, rows: int, new_rows: NewRows) -> ExtendedTensor:
-        """A stored tensor brought to so many rows."""
-        return cls(stored.name, stored.dtype, (rows, *stored.shape[1:]), stored.path, stored, new_rows)
+    def of(cls, stored: StoredTensor, rows: int, new_rows: NewRows, leans: Mapping[int, float]) -> ExtendedTensor:
+        """A stored tensor brought to so many rows; the new ones lean, see `start_row`, or are the mean."""
+        return cls(stored.name, stored.dtype, (rows, *stored.shape[1:]), stored.path, stored, new_rows, leans)
 
     def read(self) -> Tensor:
         """The tensor, in memory."""
@@ -127,7 +150,10 @@ class ExtendedTensor(StoredTensor):
     def pieces(self, size: int = 1 << 23) -> Iterator[Tensor]:
         """The tensor in runs of rows, about `size` bytes each."""
         old = self.stored.read()
-        made = {token: old[list(parts)].float().mean(0).to(old.dtype) for token, parts in self.new_rows.items()}
+        made = {
+            token: start_row(old[list(parts)], self.leans.get(token, 0.0)).to(old.dtype)
+            for token, parts in self.new_rows.items()
+        }
         start, total = 0, torch.zeros(self.shape[1:], dtype=torch.float64)
         for piece in self.stored.pieces(size):
             total += piece.double().sum(0)

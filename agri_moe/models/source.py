@@ -144,7 +144,7 @@ class ModelConfig:
             model.set_attn_implementation(attention)
         else:
             model = load_pretrained(self.source, dtype, quantization, attn_implementation=attention)
-        start_rows(model, untrained_tokens(self.source, chat))
+        start_rows(model, untrained_tokens(self.source, chat), chat.merged)
         return model
 
     def in_pieces(self, key: str, chat: Chat, dtype: torch.dtype = torch.float32) -> "Pieces | None":
@@ -163,7 +163,7 @@ class ModelConfig:
                 f"{key}: {self.source} cannot be read piece by piece, because {reason}; every rank reads all of it."
             )
             return None
-        return Pieces(config, dtype, self.attn_implementation, tensors, new_rows)
+        return Pieces(config, dtype, self.attn_implementation, tensors, new_rows, frozenset(chat.merged))
 
     def _upcycles(self, key: str) -> bool:
         return self.upcycle is not None and not is_moe(load_config(str(self.source), f"{key}.source"))
@@ -179,6 +179,7 @@ class Pieces:
         attn_implementation: Attention kernel.
         tensors: Gives its weights; None draws them at random, as transformers does.
         new_rows: Markers and merged tokens that it never learned, with their pieces.
+        merged: Ids of the latter.
     """
 
     config: PreTrainedConfig
@@ -186,6 +187,7 @@ class Pieces:
     attn_implementation: str
     tensors: Callable[[], Iterator[Placed]] | None = None
     new_rows: dict[int, list[int]] = field(default_factory=dict)
+    merged: frozenset[int] = frozenset()
 
     def shape(self) -> PreTrainedModel:
         """The model on the meta device."""
@@ -207,7 +209,7 @@ class Pieces:
             hf.apply(partial(draw, hf))
             return
         fill(hf, self.tensors())
-        start_rows(hf, self.new_rows, stored=self.config.vocab_size)
+        start_rows(hf, self.new_rows, self.merged, stored=self.config.vocab_size)
 
 
 @dataclass

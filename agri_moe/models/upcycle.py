@@ -18,7 +18,7 @@ import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -53,6 +53,7 @@ from agri_moe.models.checkpoint_files import (
     checkpoint_folder,
     copy_companions,
     grown,
+    leans,
     load_config,
     new_checkpoint,
     read_json,
@@ -376,7 +377,7 @@ class Plan:
     shards: list[list[Entry]]
 
 
-def _plan(source: str | Path, spec: UpcycleSpec, new_rows: NewRows | None = None) -> Plan:
+def _plan(source: str | Path, spec: UpcycleSpec, new_rows: NewRows | None = None, merged: Collection[int] = ()) -> Plan:
     """All that can be known, or refused, from configs and headers; the config before weights are fetched."""
     dense = load_config(checkpoint_folder(source, [CONFIG]), "source")
     config = moe_config(dense, spec)
@@ -384,11 +385,11 @@ def _plan(source: str | Path, spec: UpcycleSpec, new_rows: NewRows | None = None
     tensors = stored_tensors(folder)
     if new_rows:
         config.vocab_size = grown(config.vocab_size, new_rows)
-        for name in (EMBEDDING, HEAD):
+        for name, lean in zip((EMBEDDING, HEAD), leans(config.tie_word_embeddings), strict=True):
             if stored := tensors.get(name):
                 if list(stored.shape) != [dense.vocab_size, dense.hidden_size]:
                     raise ValueError(f"{stored.path} holds {name} of shape {list(stored.shape)}, unlike its config.")
-                tensors[name] = ExtendedTensor.of(stored, config.vocab_size, new_rows)
+                tensors[name] = ExtendedTensor.of(stored, config.vocab_size, new_rows, dict.fromkeys(merged, lean))
     if config.tie_word_embeddings:  # stored by some checkpoints; the embedding is what every reader uses
         tensors.pop(HEAD, None)
     targets = expected_tensors(config)
@@ -628,6 +629,7 @@ def upcycle(
     spec: UpcycleSpec,
     *,
     new_rows: NewRows | None = None,
+    merged: Collection[int] = (),
     save_tokenizer: Callable[[Path], None] | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -643,6 +645,7 @@ def upcycle(
         spec: How to upcycle.
         new_rows: Id of each token that the source never learned -> ids of the tokens whose rows' mean its row is, in
             embedding and head; both grow to a multiple of 128 rows where they must.
+        merged: Those that stand in text for these tokens: their rows may lean to one side, see `leans`.
         save_tokenizer: Writes the tokenizer that has these tokens into the folder, in place of the source's own.
         overwrite: Replace an existing model folder, once the new one is complete.
 
@@ -651,7 +654,7 @@ def upcycle(
     """
     output = Path(output).expanduser().resolve()
     refuse_output(output, overwrite)
-    plan = _plan(source, spec, new_rows)
+    plan = _plan(source, spec, new_rows, merged)
     folder = plan.folder.resolve()
     if output == folder or output in folder.parents:
         raise ValueError(f"{output} holds the source: give another output folder.")

@@ -53,8 +53,16 @@ def upcycle(
         chat = Chat.load(tokenizer)
         check_vocabulary(source, load_config(source, "source"), chat, "source")
         new_rows = untrained_tokens(source, chat)
-        write_upcycled(source, output, spec, new_rows=new_rows, save_tokenizer=chat.save, overwrite=overwrite)
-        print(f"{len(new_rows):,} new rows of embedding and head, each the mean of what its token is made of.")
+        write_upcycled(
+            source,
+            output,
+            spec,
+            new_rows=new_rows,
+            merged=chat.merged,
+            save_tokenizer=chat.save,
+            overwrite=overwrite,
+        )
+        print(f"{len(new_rows):,} new rows of embedding and head, made of those of what their tokens are made of.")
     total, active = count_parameters(load_config(Path(output).expanduser(), "output"))
     print(f"{output}: {total:,} parameters, {active:,} of them active per token.")
     print(f"Next: python main.py audit --student {output}")
