@@ -35,7 +35,7 @@ def upcycle(
         router_std: Standard deviation of the router's weights.
         seed: Seed of router, jitter and drop; the same seed gives the same bytes.
         tokenizer: Folder that `tokens` wrote from the source's tokenizer: each new piece gets a row of embedding and
-            head, the mean of those of what it is made of. By default the source's own.
+            head, made of those of what it is made of. By default the source's own.
         overwrite: Replace an existing model folder, once the new one is complete.
     """
     from pathlib import Path
