@@ -76,7 +76,7 @@ def test_two_ranks_train_as_one(sums, tmp_path):
     assert {"step=00000004.ckpt", "step=00000004.ckpt.complete"} <= checkpoints
 
 
-# Some five times as far as sharded runs came from that of a single device in 20 steps under bf16-mixed. They cannot
+# Some five times as far as sharded runs came from that of a single device in 12 to 20 steps under bf16-mixed. They cannot
 # agree to the bit: FSDP2 gathers norms and experts in bfloat16, which autocast leaves in float32.
 ROUNDING = {
     "train/ce": 1e-4,
@@ -102,15 +102,15 @@ def assert_like(run: Path, expected: dict[str, list[tuple[int, float]]]) -> None
 
 
 def test_sharded_in_bf16_and_from_checkpoints_of_other_sizes(sums, tmp_path, capsys):
-    """20 steps; and 10 from what the other kind of run had saved."""
+    """12 steps; and 6 from what the other kind of run had saved."""
     from agri_moe.cli import main
 
-    sums["trainer"] |= {"max_steps": 20, "val_check_interval": 20, "precision": "bf16-mixed"}
+    sums["trainer"] |= {"max_steps": 12, "val_check_interval": 12, "precision": "bf16-mixed"}
     samples = [c for c in sums["trainer"]["callbacks"] if "Sample" in c["class_path"]]
     monitors = [
         {"class_path": f"agri_moe.callbacks.{name}"} for name in ("cka.CKAMonitor", "attention.AttentionMonitor")
     ]
-    checkpoints = sums["trainer"]["callbacks"][0] | {"init_args": {"every_n_steps": 10}}
+    checkpoints = sums["trainer"]["callbacks"][0] | {"init_args": {"every_n_steps": 6}}
     sums["trainer"]["callbacks"] = [checkpoints, *samples, *monitors]
     sums["model"]["init_args"]["learning_rate"] = 1e-3
     sums["model"]["init_args"]["teacher"]["dtype"] = "bfloat16"
@@ -121,10 +121,10 @@ def test_sharded_in_bf16_and_from_checkpoints_of_other_sizes(sums, tmp_path, cap
     runs = {name: tmp_path / name / "lightning_logs" for name in ("one", "two")}
     expected = scalars(runs["one"] / "version_0")
     assert_like(runs["two"] / "version_0", expected)
-    assert "**सलाह**" in (runs["two"] / "version_0" / "samples" / "step=00000020.md").read_text(encoding="utf-8")
-    assert np.isfinite(np.load(runs["two"] / "version_0" / "cka" / "step=00000020.npz")["cka"]).all()
+    assert "**सलाह**" in (runs["two"] / "version_0" / "samples" / "step=00000012.md").read_text(encoding="utf-8")
+    assert np.isfinite(np.load(runs["two"] / "version_0" / "cka" / "step=00000012.npz")["cka"]).all()
 
-    half = {name: runs[name] / "version_0" / "checkpoints" / "step=00000010.ckpt" for name in runs}
+    half = {name: runs[name] / "version_0" / "checkpoints" / "step=00000006.ckpt" for name in runs}
     assert half["one"].is_file()
     assert half["two"].is_dir()
     from_one, from_two = ([f"--resume={half[name]}", "--resume_anyway=true"] for name in runs)
@@ -132,10 +132,10 @@ def test_sharded_in_bf16_and_from_checkpoints_of_other_sizes(sums, tmp_path, cap
     launch(two, *from_one)
     launch(write(tmp_path / "single.yaml", sums, 2048, **sharded(1)), *from_two, size=1)
     for run in (runs["one"] / "version_1", runs["two"] / "version_1", tmp_path / "single/lightning_logs/version_0"):
-        assert len(scalars(run)["train/ce"]) == 10, "resumed"
+        assert len(scalars(run)["train/ce"]) == 6, "resumed"
         assert_like(run, expected)
 
-    saved = runs["two"] / "version_0" / "checkpoints" / "step=00000020.ckpt"
+    saved = runs["two"] / "version_0" / "checkpoints" / "step=00000012.ckpt"
     names = FileSystemReader(saved).read_metadata().state_dict_metadata
     whole = torch.load(half["one"], weights_only=True)["state_dict"]
     in_pieces = {name.removeprefix("state_dict.") for name in names if name.startswith("state_dict.")}
