@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from test_cli import scalars
 from test_two_ranks import launch, sharded, write
 
 from agri_moe.cli import main
-from agri_moe.data.chat import Chat, Segment
+from agri_moe.data.chat import DEFAULT_FORMAT, Chat, ChatFormat, Segment
 from agri_moe.data.merged_tokens import MergedTokens, same_bytes
+from agri_moe.data.merges import PIECES_FILE
 from agri_moe.data.packing import PackedRow, StepTotals, collate
 from agri_moe.data.synthetic import make_rows, write_corpus
 from agri_moe.data.teacher_view import TeacherView
@@ -72,6 +74,23 @@ def test_the_table_travels_with_the_tokenizer(home, chat, tmp_path):
     assert Chat.load(str(tmp_path)).merged == chat.merged
     sizes = chat.token_bytes
     assert all(sizes[token] == sum(sizes[piece] for piece in pieces) for token, pieces in chat.merged.items())
+
+
+def test_format_and_pieces_come_from_the_hub_with_the_tokenizer(home, chat, tmp_path, monkeypatch):
+    """As the hub's client keeps them: a repository's revisions, told by names."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--farm--advisor"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    spoken = Chat.load(str(home / "extended"), ChatFormat(default_system="किसान की बात सुनिए।"))
+    spoken.save(repository / "snapshots" / "abc")
+    shutil.copy(home / "dense" / "config.json", repository / "snapshots" / "abc")
+    loaded = Chat.load("farm/advisor")
+    assert loaded.format == spoken.format
+    assert loaded.merged == chat.merged
+    (repository / "snapshots" / "abc" / PIECES_FILE).unlink()
+    (repository / "snapshots" / "abc" / "chat_format.json").unlink()
+    assert Chat.load("farm/advisor").format == DEFAULT_FORMAT
 
 
 def test_bytes_of_tokens_add_up_to_the_text(chat, rows):

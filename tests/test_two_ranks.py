@@ -76,8 +76,8 @@ def test_two_ranks_train_as_one(sums, tmp_path):
     assert {"step=00000004.ckpt", "step=00000004.ckpt.complete"} <= checkpoints
 
 
-# Some five times as far as sharded runs came from that of a single device in 12 to 20 steps under bf16-mixed. They cannot
-# agree to the bit: FSDP2 gathers norms and experts in bfloat16, which autocast leaves in float32.
+# Some five times as far as sharded runs came from that of a single device in 12 to 20 steps under bf16-mixed. They
+# cannot agree to the bit: FSDP2 gathers norms and experts in bfloat16, which autocast leaves in float32.
 ROUNDING = {
     "train/ce": 1e-4,
     "train/kl": 2e-3,

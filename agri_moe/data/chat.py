@@ -22,7 +22,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from agri_moe.data.merges import read_pieces, write_pieces
+from agri_moe.data.merges import PIECES_FILE, read_pieces, write_pieces
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
@@ -205,10 +205,11 @@ class Chat:
             raise ValueError(
                 f"tokenizer {tokenizer} cannot be loaded ({why}): name another folder or hub name."
             ) from error
+        home = folder if folder.exists() else _fetched(tokenizer, folder)
         if format is None:
-            saved = folder / FORMAT_FILE
+            saved = home / FORMAT_FILE
             format = _saved_format(saved) if saved.is_file() else DEFAULT_FORMAT
-        return cls(loaded, format, read_pieces(folder))
+        return cls(loaded, format, read_pieces(home))
 
     def save(self, folder: str | Path) -> None:
         """Writes the tokenizer with the chat template, the end marker as eos, and the format."""
@@ -373,6 +374,19 @@ class Chat:
         if hidden:
             names = ", ".join(sorted(token for token, i in added.items() if i in hidden))
             raise ValueError(f"tokenizer {name} turns the plain text of {names} into control tokens: use another.")
+
+
+def _fetched(name: str, otherwise: Path) -> Path:
+    """Where what `save` writes beside a tokenizer lies once it is fetched from the hub; `otherwise` if it has none."""
+    from transformers.utils import cached_file
+
+    try:
+        files = [
+            cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in (FORMAT_FILE, PIECES_FILE)
+        ]
+    except OSError as error:
+        raise ValueError(f"tokenizer {name} cannot be loaded ({error}): try again, or name a folder.") from error
+    return next((Path(file).parent for file in files if file is not None), otherwise)
 
 
 def _saved_format(path: Path) -> ChatFormat:

@@ -57,7 +57,7 @@ def tokens(
     from agri_moe.data.chat import Chat
     from agri_moe.data.extended_tokenizer import Extension
     from agri_moe.data.learning_texts import read_texts
-    from agri_moe.data.merges import PIECES_FILE, MergeLearner, piece_rule
+    from agri_moe.data.merges import MergeLearner, piece_rule
 
     if pieces < 1:
         raise ValueError(f"--pieces is {pieces}: it must be at least 1.")
@@ -65,12 +65,13 @@ def tokens(
         raise ValueError(f"--held_out is {held_out:g}: it must be above 0 and below 1, or 0 with --validation.")
     if script.upper() in ("LATIN", "COMMON"):
         raise ValueError(f"--script is {script}: text in Latin letters is left as it is; name another script.")
-    if (Path(source) / PIECES_FILE).is_file():
-        raise ValueError(f"--source {source} has new pieces already: name the tokenizer that it was made from.")
     folder = _new_folder(Path(output), overwrite)  # refuses at once, makes nothing yet
     texts = read_texts(input, validation, held_out, text_column, balance)
     texts.check_script(script)
-    extension = Extension(Chat.load(source))
+    chat = Chat.load(source)
+    if chat.merged:
+        raise ValueError(f"--source {source} has new pieces already: name the tokenizer that it was made from.")
+    extension = Extension(chat)
     rule = piece_rule(script, whole_aksharas)
     learner = MergeLearner(extension.words(texts.learn), extension.piece_bytes, extension.first_id, rule)
     seconds = _learn(learner, pieces)
