@@ -55,6 +55,7 @@ def piece_rule(script: str, whole_aksharas: bool = False) -> Callable[[bytes], b
         return unicodedata.category(char)[0] in "LM" and unicodedata.name(char, "").startswith(prefix)
 
     def allowed(piece: bytes) -> bool:
+        """Whether it is whole characters of the script, after one space at most."""
         try:
             text = piece.decode("utf-8").removeprefix(" ")
         except UnicodeDecodeError:  # ends within a character

@@ -81,7 +81,7 @@ def compare(
     scratch: Scratch,
     differentiate: bool,
 ) -> Compared:
-    """Compare a block with what the teacher says of it.
+    """Compare a block with what the teacher says of it, over the shared prefix of their vocabularies or over pieces.
 
     Args:
         student_RV: Logits; spent.
@@ -91,19 +91,8 @@ def compare(
         scratch: Room.
         differentiate: Whether the gradient is wanted.
     """
-    over = _one_vocabulary if teacher.merged is None else _over_pieces
-    return over(student_RV, log_p_RV, teacher, comparison, scratch, differentiate)
-
-
-def _one_vocabulary(
-    student_RV: Tensor,
-    log_p_RV: Tensor,
-    teacher: Taught,
-    comparison: Comparison,
-    scratch: Scratch,
-    differentiate: bool,
-) -> Compared:
-    """Both over the shared prefix of their vocabularies."""
+    if teacher.merged is not None:
+        return _over_pieces(student_RV, log_p_RV, teacher, comparison, scratch, differentiate)
     teacher_RW = teacher.logits_RW
     width = teacher_RW.shape[1]
     if teacher.sparse is not None:

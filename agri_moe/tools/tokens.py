@@ -122,6 +122,7 @@ def _new_folder(output: "Path", overwrite: bool) -> "AbstractContextManager[Path
 
     @contextlib.contextmanager
     def fill() -> "Iterator[Path]":
+        """Yield the folder, and give it its name once the block has ended well."""
         building = output.absolute().with_name(f".{output.name}.{os.getpid()}.partial")
         replaced = building.with_suffix(".replaced")
         building.mkdir(parents=True)
